@@ -1,0 +1,204 @@
+"""Prompt files -> `Prompt(id, conversation, references)` (Sec. 4.1, Benchmarks).
+
+The kind of a file is told by the fields of its first row:
+
+    HelpSteer2    prompt, response, helpfulness, correctness, coherence, complexity, verbosity
+    (labels 0-4)
+    Arena-Hard    uid, prompt (v2.0)
+    AlpacaEval    instruction
+    plain         prompt, or conversation (a list of {"role", "content"} turns); id if there is one
+
+A file is JSONL, JSONL.gz, or one JSON list. HelpSteer2 rows with the same prompt become one Prompt,
+whose reference responses carry the human labels doubled to the 0-9 scale (App. B.3). Of the other
+kinds, a repeated prompt is kept once. Errors name the file and the line (the row, in a JSON list).
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from prompts import ATTRIBUTES, Scores, Turn
+
+ROLES = ("system", "user", "assistant")
+
+
+class DataError(ValueError):
+    """A prompt file that cannot be used; the message names file, line and remedy."""
+
+
+class Reference(NamedTuple):
+    response: str
+    scores: Scores  # on the 0-9 scale
+
+
+@dataclass(frozen=True)
+class Prompt:
+    id: str
+    conversation: tuple[Turn, ...]  # the last turn is the user's
+    references: tuple[Reference, ...] = ()
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """All unique prompts of a file, in file order. Raises DataError for anything that cannot be
+    read as prompts."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; give a JSONL file of prompts with --data (its kinds: see "
+            "data.py)"
+        )
+    found: dict[str, Prompt] = {}
+    kind = None
+    for where, row in _rows(path):
+        kind = kind or _kind(where, row)
+        prompt = KINDS[kind](where, row)
+        if prompt.id in found:
+            old = found[prompt.id]
+            if old.conversation != prompt.conversation:
+                raise DataError(
+                    f"{where}: id {prompt.id!r} was used before for another conversation; make "
+                    "ids unique"
+                )
+            prompt = Prompt(prompt.id, prompt.conversation, old.references + prompt.references)
+        found[prompt.id] = prompt
+    if not found:
+        raise DataError(f"{path}: the file holds no prompt; give one JSON object per line")
+    return list(found.values())
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) for each row."""
+    try:
+        text = (
+            gzip.decompress(path.read_bytes()).decode()
+            if path.suffix == ".gz"
+            else path.read_text("utf-8")
+        )
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    lines = text.split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+    if text.lstrip().startswith("["):
+        try:
+            rows = enumerate(json.loads(text), 1)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: not a JSON list ({error.msg})") from error
+    else:
+        rows = (
+            (number, _loads(path, number, line))
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        )
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        yield f"{path}:{number}", row
+
+
+def _loads(path: Path, number: int, line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{number}: not JSON ({error.msg}); each line must be one JSON object"
+        ) from error
+
+
+def _kind(where: str, row: dict) -> str:
+    if "prompt" in row and "response" in row:
+        return "helpsteer2"
+    if "uid" in row and "prompt" in row:
+        return "arena_hard"
+    if "instruction" in row:
+        return "alpaca_eval"
+    if "prompt" in row or "conversation" in row:
+        return "plain"
+    raise DataError(
+        f"{where}: no field prompt, conversation or instruction; fields found: "
+        f"{', '.join(row) or 'none'}"
+    )
+
+
+def _text(where: str, row: dict, field: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: field {field!r} is missing, empty or not text")
+    return value
+
+
+def _hash(conversation: tuple[Turn, ...]) -> str:
+    return hashlib.blake2b(json.dumps(conversation).encode(), digest_size=8).hexdigest()
+
+
+def _single(text: str) -> tuple[Turn, ...]:
+    return ({"role": "user", "content": text},)
+
+
+_MARKER = re.compile(r"<extra_id_1>(User|Assistant)[ \t]*\n?")
+
+
+def _helpsteer2(where: str, row: dict) -> Prompt:
+    prompt, response = _text(where, row, "prompt"), _text(where, row, "response")
+    pieces = _MARKER.split(prompt)  # text, role, text, role, text ...
+    turns = [
+        ("user", pieces[0]),
+        *zip((r.lower() for r in pieces[1::2]), pieces[2::2], strict=True),
+    ]
+    conversation = tuple(
+        {"role": role, "content": text.strip()} for role, text in turns if text.strip()
+    )
+    if not conversation or conversation[-1]["role"] != "user":
+        raise DataError(f"{where}: the prompt's last turn must be the user's")
+    labels = [row.get(a) for a in ATTRIBUTES]
+    for attribute, label in zip(ATTRIBUTES, labels, strict=True):
+        if type(label) is not int or not 0 <= label <= 4:
+            raise DataError(
+                f"{where}: label {attribute} must be an integer 0-4 (HelpSteer2's scale); found "
+                f"{label!r}"
+            )
+    doubled = tuple(
+        2 * label for label in labels
+    )  # App. B.2: "doubling the original 0-4 human annotations"
+    return Prompt(_hash(conversation), conversation, (Reference(response, doubled),))
+
+
+def _arena_hard(where: str, row: dict) -> Prompt:
+    return Prompt(_text(where, row, "uid"), _single(_text(where, row, "prompt")))
+
+
+def _alpaca_eval(where: str, row: dict) -> Prompt:
+    conversation = _single(_text(where, row, "instruction"))
+    return Prompt(_hash(conversation), conversation)
+
+
+def _plain(where: str, row: dict) -> Prompt:
+    if "conversation" in row:
+        turns = row["conversation"]
+        good = isinstance(turns, list) and all(
+            isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str)
+            for t in turns
+        )
+        if not good or not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+            raise DataError(
+                f"{where}: conversation must be a list of "
+                f"{{'role': user|assistant|system, 'content': text}} turns that ends with the "
+                "user's"
+            )
+        conversation = tuple({"role": t["role"], "content": t["content"]} for t in turns)
+    else:
+        conversation = _single(_text(where, row, "prompt"))
+    return Prompt(
+        str(row["id"]) if row.get("id") is not None else _hash(conversation), conversation
+    )
+
+
+KINDS = {
+    "helpsteer2": _helpsteer2,
+    "arena_hard": _arena_hard,
+    "alpaca_eval": _alpaca_eval,
+    "plain": _plain,
+}

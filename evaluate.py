@@ -1,0 +1,195 @@
+"""Answers, judgements and figures of one checkpoint on one prompt file (Sec. 4.1, first form).
+
+    python evaluate.py --model runs/see/checkpoints/cycle_03 --data FILE --name see-c3 --n 8
+
+`results/NAME/` holds the configuration, every rollout with its judgement, and `summary.json`: the
+well-formed rate, quality, calibration and mean absolute errors, each with its standard error over
+prompts. The same command run again goes on where it stopped. Under torchrun the prompts are shared
+by the ranks.
+"""
+
+import hashlib
+import json
+import os
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import buffer
+import parallel
+from client import Background, ChatClient, ClientConfig, JudgeError, check_environment
+from data import Prompt, load_prompts
+from files import write_text
+from judge import HeuristicJudge, LLMJudge
+from logbook import Clock, check_same_config, open_folder
+from metrics import Estimate, summarise
+from policy import check_model_folder, load_model, load_tokenizer
+from prompts import check_tokenizer, policy_prompt
+from reward import RewardConfig
+from rollout import Collector
+from sampler import SamplingParams, TransformersSampler
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate a checkpoint: n samples per prompt, judged, with standard errors."""
+
+    model: str
+    """Local Hugging Face folder: a run's checkpoint, or the base model."""
+    data: str
+    """Prompt file, see data.py for its kinds."""
+    name: str
+    """Results go to results/NAME."""
+    judge: str = "gpt-5.4"
+    """Model name at an OpenAI-compatible endpoint (Sec. 4.1), or "heuristic", an offline
+    stand-in that says nothing about real judging."""
+    n: int = 1
+    """Samples per prompt."""
+    limit: int = 0
+    """Prompts, drawn by seed; 0: all of the file."""
+    exclude_window: str = ""
+    """Folder of a run whose training prompts are left out, such as runs/see."""
+    use_references: bool = True
+    """Show the judge reference responses with human labels where the data has them (App. B.3)."""
+    template: Literal["paper", "short"] = "paper"
+    """Generation template, as in training."""
+    few_shot: Literal["paper-like", "varied"] = "paper-like"
+    """Few-shot examples, as in training."""
+    prompt_tokens: int = 4096
+    """Longest prompt, template included, in tokens; longer ones are left out and counted."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the sampling model's weights."""
+    sample_rows: int = 64
+    """Rollouts that are sampled at once per rank."""
+    seed: int = 42
+    """Seed of the draw of prompts and of sampling."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+
+
+def prepare(config: EvalConfig) -> tuple[list[Prompt], dict[str, tuple[int, ...]], object]:
+    """(prompts, their token ids, tokenizer). Raises ValueError or JudgeError, no weights loaded."""
+    if config.judge != "heuristic":
+        check_environment()
+    check_model_folder(config.model)
+    prompts = load_prompts(config.data)
+    tokenizer = load_tokenizer(config.model)
+    check_tokenizer(tokenizer)
+    if config.exclude_window:
+        known = Path(config.exclude_window) / "window.json"
+        if not known.is_file():
+            raise ValueError(f"{known}: no such file; give a run's folder to --exclude_window")
+        window = set(json.loads(known.read_text()))
+        prompts = [p for p in prompts if p.id not in window]
+    ids = {
+        p.id: tuple(
+            tokenizer.encode(
+                policy_prompt(p.conversation, config.template, config.few_shot),
+                add_special_tokens=False,
+            )
+        )
+        for p in prompts
+    }
+    prompts = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
+    if config.limit > len(prompts) or not prompts:
+        raise ValueError(
+            f"{config.data}: {config.limit or 'some'} prompts are asked for, but {len(prompts)} "
+            f"are left within {config.prompt_tokens} tokens; lower --limit or give more data"
+        )
+    if config.limit:
+        chosen = random.Random(config.seed).sample(range(len(prompts)), config.limit)
+        prompts = [prompts[i] for i in sorted(chosen)]
+    check_same_config(Path("results") / config.name, config, {"sample_rows", "client"})
+    return prompts, ids, tokenizer
+
+
+def weights_id(folder: str) -> str:
+    """Changes when the weight files change, so that answers of other weights are not taken over."""
+    stats = [
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).glob("*.safetensors")
+    ]
+    return hashlib.blake2b(repr(sorted(stats)).encode(), digest_size=8).hexdigest()
+
+
+def run(config: EvalConfig, prompts: list[Prompt], ids: dict, tokenizer) -> dict[str, Estimate]:
+    """Sample, judge and summarise; rank 0 writes summary.json and returns the figures like all."""
+    folder = Path("results") / config.name
+    if parallel.rank() == 0:
+        open_folder(folder, config)
+    parallel.barrier()
+    if config.judge == "heuristic":
+        judge = HeuristicJudge()
+    else:
+        share = max(1, config.client.concurrency // parallel.world_size())
+        cache = folder / "judge_cache.jsonl"
+        judge = LLMJudge(ChatClient(config.judge, config.client, share, cache))
+    model = load_model(config.model, getattr(torch, config.dtype))
+    sampler = TransformersSampler(model, tokenizer, config.sample_rows)
+    sampler.weight_version = weights_id(config.model)
+    collector = Collector(
+        sampler=sampler,
+        judge=judge,
+        tokenizer=tokenizer,
+        prompts={p.id: p for p in prompts},
+        prompt_ids=ids,
+        rollouts=config.n,
+        seed=config.seed,
+        params=config.sampling,
+        reward=config.reward,
+        use_references=config.use_references,
+        background=Background(),
+        clock=Clock(),
+    )
+    path = folder / "rollouts.jsonl"
+    on_file = {r.key: r for r in buffer.read(path)}
+    # A step is one sampler batch on every rank: what a kill can cost.
+    size = max(1, config.sample_rows // config.n) * parallel.world_size()
+    steps = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    bar = tqdm(steps, desc=f"evaluating {config.name}", disable=parallel.rank() != 0)
+    for step, batch in enumerate(bar, 1):
+        collector.collect(0, step, batch, on_file, path)
+    rollouts = [r for r in buffer.read(path) if r.weight_version == sampler.weight_version]
+    rows = [
+        (r.prompt_id, r.self_scores, r.judge_scores) for r in sorted(rollouts, key=lambda r: r.key)
+    ]
+    table = summarise(rows, config.reward.gamma)
+    if parallel.rank() == 0:
+        summary = {"judge": judge.name, "prompts": len(prompts)}
+        summary["metrics"] = {name: estimate._asdict() for name, estimate in table.items()}
+        write_text(folder / "summary.json", json.dumps(summary, indent=2))
+    return table
+
+
+def render(table: dict[str, Estimate]) -> str:
+    """A line per metric: mean, standard error, responses."""
+
+    def line(name: str, e: Estimate) -> str:
+        mean, se = ("-" if x is None else f"{x:.4f}" for x in (e.mean, e.se))
+        return f"{name:<18} {mean:>8} ± {se:<7} n = {e.n}"
+
+    return "\n".join(line(name, estimate) for name, estimate in table.items())
+
+
+def main() -> None:
+    config = tyro.cli(EvalConfig, description=__doc__)
+    try:
+        prepared = prepare(config)
+    except (ValueError, JudgeError) as error:
+        raise SystemExit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
+    with parallel.process_group():
+        try:
+            table = run(config, *prepared)
+        except JudgeError as error:
+            raise SystemExit(f"error: {error}") from None
+        parallel.print0(f"\n{config.name}, judge {config.judge}\n{render(table)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

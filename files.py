@@ -1,0 +1,44 @@
+"""Files that appear whole or not at all, and JSONL files that a kill cannot spoil."""
+
+import fcntl
+import json
+import os
+import warnings
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file: aside, to disk, then renamed into place."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Rename a finished folder into place, its contents safely on disk first."""
+    for path in (*(p for p in aside.rglob("*") if p.is_file()), aside):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    os.rename(aside, target)
+
+
+def append_line(path: Path, row: dict) -> None:
+    """Add a line of JSON in one locked write, on disk when this returns; processes can share a
+    file."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    with open(path, "ab", buffering=0) as f:
+        fcntl.lockf(f, fcntl.LOCK_EX)
+        f.write(line.encode())
+        os.fsync(f.fileno())
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off what a kill left of a half-written last line, before anything is appended to it."""
+    whole = path.read_bytes().rfind(b"\n") + 1
+    if whole < path.stat().st_size:
+        warnings.warn(f"{path}: its last line was cut short and is dropped", stacklevel=2)
+        os.truncate(path, whole)

@@ -1,0 +1,226 @@
+"""Phase 1's update: GRPO (Sec. 3.1; Algorithm 1, line 6; DeepSeekMath, arXiv 2402.03300).
+
+    A_i    = (r_i - mean(r)) / (std(r) + 1e-6)    over the rollouts of one prompt, its group
+    rho_t  = pi(y_t) / pi_old(y_t)
+    k3_t   = pi_ref(y_t) / pi(y_t) - log(pi_ref(y_t) / pi(y_t)) - 1
+    loss   = mean over responses of the mean over their tokens of
+             -min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) + beta k3_t - c H_t
+
+The loss is over the whole response with no special handling of the self-evaluation tokens
+(Sec. 3.1), stop text included. Log-probabilities, KL and entropy H are taken at the sampling
+temperature over the full vocabulary, for policy and reference.
+
+1. One optimiser step per RL step on fresh rollouts: the old log-probabilities are the training
+   forward's own, detached, so the ratio is 1 and no second forward is needed.
+2. Sampling truncates (top-p, top-k), so a correction from the sampler's log-probabilities would be
+   off by the mass that truncation cuts away. Their difference at temperature 1 is reported as an
+   alarm and enters no loss.
+3. The mean of each response's token mean is DeepSeekMath's form, and what the authors' run did in
+   effect: their setting says token mean, but they ran micro-batches of one response.
+   `--grpo.loss_mean token` is the global token mean.
+4. k3 (the "low-variance KL") as it stands, unclamped and with its own gradient; newer TRL
+   multiplies it by the ratio.
+5. A group without reward spread has advantage exactly 0; the step is taken all the same, because
+   KL and entropy still act.
+
+Shapes: N rollouts of this rank, G rollouts of a group, B rows of a micro-batch, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import parallel
+from buffer import Rollout
+from policy import Policy, Row, micro_batches
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    lr: float = 1e-6
+    """AdamW learning rate, constant, no warm-up (Table 5)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas (Table 5)."""
+    weight_decay: float = 0.01
+    """AdamW weight decay (Table 5)."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm (Table 5)."""
+    clip: float = 0.2
+    """Clip range of the probability ratio (Table 5). Never active with one step per batch, where
+    the ratio is 1."""
+    kl_coef: float = 0.01
+    """Weight of the k3 KL to the reference (Table 5)."""
+    entropy_coef: float = 0.001
+    """Weight of the entropy bonus (Table 5)."""
+    loss_mean: Literal["response", "token"] = "response"
+    """Mean over responses of token means, or over all tokens at once (see departure 3 in
+    grpo.py)."""
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-6) -> torch.Tensor:
+    """(N,) rewards, groups contiguous -> (N,) advantages (DeepSeekMath Sec. 4.1.2). ValueError if N
+    is no multiple."""
+    if group_size < 1 or len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards cannot be split into groups of {group_size}")
+    groups = rewards.view(-1, group_size)  # (N / G, G)
+    flat = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # (N / G, 1)
+    std = groups.std(1, keepdim=True, correction=min(1, group_size - 1))  # (N / G, 1), n - 1
+    advantages = (groups - groups.mean(1, keepdim=True)) / (std + eps)  # (N / G, G)
+    return advantages.masked_fill(flat, 0).view(-1)  # (N,)
+
+
+def policy_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float = 0.2,
+    kl_coef: float = 0.01,
+    entropy: torch.Tensor | None = None,
+    entropy_coef: float = 0.001,
+    loss_mean: str = "response",
+    denominator: float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss above for (B, T) log-probabilities, (B,) advantages and a (B, T) mask of response
+    tokens.
+
+    `denominator` is the number of responses (loss_mean "response") or of response tokens ("token")
+    in the whole step, over all micro-batches and ranks, so that the losses of its parts add up;
+    None counts this call's. The dict holds detached sums over the response tokens, to be divided by
+    `tokens` once they are added up."""
+    mask = mask.bool()  # (B, T)
+    zero = torch.zeros_like(logp)
+    log_ratio = torch.where(mask, logp - old_logp, zero)  # (B, T)
+    ratio = log_ratio.exp()  # (B, T)
+    a = advantages[:, None]  # (B, 1)
+    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)  # (B, T)
+    d = torch.where(mask, ref_logp - logp, zero)  # (B, T)
+    kl = d.exp() - d - 1  # (B, T) k3
+    h = zero if entropy is None else torch.where(mask, entropy, zero)  # (B, T)
+    token_loss = torch.where(mask, -surrogate + kl_coef * kl - entropy_coef * h, zero)  # (B, T)
+
+    tokens = mask.sum(1)  # (B,)
+    if loss_mean == "response":
+        total = (token_loss.sum(1) / tokens.clamp(min=1)).sum()
+        count = (tokens > 0).sum()
+    elif loss_mean == "token":
+        total, count = token_loss.sum(), tokens.sum()
+    else:
+        raise ValueError(f"loss_mean must be 'response' or 'token', not {loss_mean!r}")
+    loss = total / (count if denominator is None else denominator)
+    clipped = (surrogate < ratio * a) & mask  # (B, T): the minimum is the clipped side
+    sums = {
+        "loss": loss,
+        "kl": kl.sum(),
+        "entropy": h.sum(),
+        "clipped": clipped.sum(),
+        "tokens": tokens.sum(),
+    }
+    return loss, {name: value.detach() for name, value in sums.items()}
+
+
+def make_optimizer(policy: Policy, config: GRPOConfig) -> torch.optim.AdamW:
+    """A fresh AdamW, as at the start of every phase."""
+    return torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
+
+
+def response_row(rollout: Rollout) -> Row:
+    """Prompt + response; the loss counts every response token, stop text included."""
+    return Row(
+        (*rollout.prompt_ids, *rollout.response_ids),
+        [False] * len(rollout.prompt_ids) + [True] * len(rollout.response_ids),
+    )
+
+
+def rl_step(
+    policy: Policy,
+    reference: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Sequence[Rollout],
+    group_size: int,
+    temperature: float,
+    config: GRPOConfig,
+    micro_batch_tokens: int,
+) -> dict[str, float | None]:
+    """One RL step on this rank's rollouts (whole groups, contiguous); returns figures of the step
+    over all ranks."""
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+    advantages = group_advantages(rewards, group_size).float().to(parallel.device())  # (N,)
+    groups = rewards.view(-1, group_size)  # (N / G, G)
+    flat_groups = (groups.amax(1) == groups.amin(1)).sum().item()
+
+    batches = micro_batches([response_row(r) for r in rollouts], micro_batch_tokens)
+    # The denominator is counted over all ranks and micro-batches before the first backward.
+    counts = {"response": len(rollouts), "token": sum(len(r.response_ids) for r in rollouts)}
+    denominator = parallel.all_sum(counts)[config.loss_mean]
+
+    sums: dict[str, torch.Tensor | float] = {}
+    for batch in batches:
+        forward_args = (batch.ids, batch.positions, batch.scored, temperature)
+        with torch.no_grad():
+            ref_logp = reference(*forward_args).logp  # (B, T)
+        logp, entropy, logp_t1 = policy(*forward_args)  # (B, T) each
+        loss, part = policy_loss(
+            logp,
+            logp.detach(),
+            ref_logp,
+            advantages[batch.index] if batch.index else advantages.new_zeros(1),
+            batch.mask,
+            config.clip,
+            config.kl_coef,
+            entropy,
+            config.entropy_coef,
+            config.loss_mean,
+            denominator,
+        )
+        # FSDP averages gradients over ranks; with a global denominator ours are to be added.
+        (loss * parallel.world_size()).backward()
+        part |= _alarm_and_score_entropy(
+            batch, [rollouts[i] for i in batch.index], logp_t1, entropy.detach()
+        )
+        sums = {name: value + sums.get(name, 0.0) for name, value in part.items()}
+    grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    total = parallel.all_sum({**{k: float(v) for k, v in sums.items()}, "flat_groups": flat_groups})
+    return {
+        "loss": total["loss"],
+        "kl": _ratio(total["kl"], total["tokens"]),
+        "entropy": _ratio(total["entropy"], total["tokens"]),
+        "clip_fraction": _ratio(total["clipped"], total["tokens"]),
+        "score_entropy": _ratio(total["score_entropy"], total["score_tokens"]),
+        "logprob_gap": _ratio(total["gap"], total["gap_tokens"]),
+        "grad_norm": grad_norm,
+        "zero_variance_groups": total["flat_groups"],
+    }
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _alarm_and_score_entropy(
+    batch, rollouts, logp_t1: torch.Tensor, entropy: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Sums of |sampler's - trainer's log-probability| at temperature 1, and of the entropy at the
+    score tokens."""
+    sampled = torch.full_like(logp_t1, float("nan"))  # (B, T)
+    at_score = torch.zeros_like(batch.mask)  # (B, T)
+    for b, r in enumerate(rollouts):
+        start = len(r.prompt_ids)
+        if r.sampled_logp is not None:
+            sampled[b, start : start + len(r.response_ids)] = torch.tensor(r.sampled_logp)
+        at_score[b, [start + p for p in r.score_positions or ()]] = True
+    known = ~sampled.isnan()  # (B, T)
+    return {
+        "gap": (sampled - logp_t1)[known].abs().sum(),
+        "gap_tokens": known.sum(),
+        "score_entropy": entropy[at_score].sum(),
+        "score_tokens": at_score.sum(),
+    }

@@ -1,0 +1,114 @@
+"""What a run says of itself: config.json, env.json, metrics.jsonl, and where its wall time went."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import parallel
+from files import drop_torn_line, write_text
+
+
+class Clock:
+    """`with clock("sampling"): ...` adds to a part; parts do not nest; the rest is "other"."""
+
+    def __init__(self):
+        self._spent: Counter[str] = Counter()
+        self._since = time.perf_counter()
+        self._open = False
+
+    @contextmanager
+    def __call__(self, part: str):
+        if self._open:
+            raise RuntimeError(
+                f"{part} is timed inside another part; its seconds would count twice"
+            )
+        self._open, started = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._open = False
+            self._spent[part] += time.perf_counter() - started
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by part since the last lap, with "other" and their sum "wall"."""
+        now = time.perf_counter()
+        wall = now - self._since
+        parts = {**self._spent, "other": wall - sum(self._spent.values()), "wall": wall}
+        self._since = now
+        self._spent.clear()
+        return {part: round(seconds, 3) for part, seconds in parts.items()}
+
+
+def check_same_config(folder: Path, config: object, may_change: Collection[str] = ()) -> None:
+    """ValueError if the folder holds a run of another configuration (a dataclass), naming the
+    fields that differ."""
+    if not (folder / "config.json").exists():
+        return
+    before = json.loads((folder / "config.json").read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    keys = sorted((before.keys() | now.keys()) - set(may_change))
+    differing = [key for key in keys if before.get(key) != now.get(key)]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run of another configuration (it differs in "
+            f"{', '.join(differing)}); choose another --name, or give the same options to go on "
+            "with it"
+        )
+
+
+def open_folder(folder: Path, config: object) -> None:
+    """Make the folder, write config.json and env.json, mend what a kill left. Rank 0 only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
+    write_text(folder / "env.json", json.dumps(environment(), indent=2))
+    for path in folder.rglob("*.jsonl"):
+        drop_torn_line(path)
+
+
+def environment() -> dict:
+    """What a repeat of the run needs to know, and nothing of the process's environment
+    variables."""
+
+    def git(*args: str) -> str | None:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "openai", "tyro")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in packages},
+        "ranks": parallel.world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def trim_metrics(folder: Path, cycle: int, step: int) -> None:
+    """Keep the lines written before the state (cycle, step); a continuation writes the later ones
+    again."""
+
+    def before(line: dict) -> bool:
+        in_phase_1 = line["phase"] in ("rl", "setup") and line["step"] <= step
+        return line["cycle"] < cycle or (line["cycle"] == cycle and in_phase_1)
+
+    kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if before(line)]
+    write_text(folder / "metrics.jsonl", "".join(kept))

@@ -1,0 +1,61 @@
+"""The reward of Calibration-Coupled RL (Sec. 3.1, Eq. 1), on plain numbers.
+
+`s` are the model's self-scores, `j` the judge's, five integers 0-9 each in the order of
+`prompts.ATTRIBUTES`. Quality reads the first three (helpfulness, correctness, coherence),
+calibration all five."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    w_quality: float = 0.7
+    """Weight w_q of the quality term (Sec. 4.1, training budget)."""
+    w_calibration: float = 0.3
+    """Weight w_c of the calibration term (Sec. 4.1)."""
+    gamma: float = 2.0
+    """Exponent of the calibration term; above 1 it punishes large gaps more (Sec. 3.1)."""
+    penalty: float = -1.0
+    """Reward of a malformed response (Eq. 1, first case)."""
+
+
+def quality(judge: Sequence[int]) -> float:
+    """Mean of the three evaluative scores on [0, 1] (Eq. 1, quality)."""
+    return sum(judge[:3]) / 3 / 9
+
+
+def mean_absolute_error(self_scores: Sequence[int], judge: Sequence[int]) -> float:
+    """MAE(s, j) over the five attributes, in points on the 0-9 scale (Algorithm 1, line 14)."""
+    return sum(abs(s - j) for s, j in zip(self_scores, judge, strict=True)) / len(judge)
+
+
+def calibration(
+    self_scores: Sequence[int], judge: Sequence[int], gamma: float = RewardConfig.gamma
+) -> float:
+    """(1 - MAE(s, j) / 9) ** gamma on [0, 1] (Eq. 1, calibration)."""
+    return (1 - mean_absolute_error(self_scores, judge) / 9) ** gamma
+
+
+def reward(
+    self_scores: Sequence[int] | None,
+    judge: Sequence[int] | None,
+    w_quality: float = RewardConfig.w_quality,
+    w_calibration: float = RewardConfig.w_calibration,
+    gamma: float = RewardConfig.gamma,
+    penalty: float = RewardConfig.penalty,
+) -> float:
+    """Eq. 1. `self_scores` is None for a malformed response, which gets the penalty whatever the
+    judge says.
+
+    A well-formed response without a judgement has no reward: ValueError, never a made-up number.
+    """
+    if self_scores is None:
+        return penalty
+    if judge is None:
+        raise ValueError(
+            "a well-formed response has no judge scores; its reward cannot be computed"
+        )
+    return w_quality * quality(judge) + w_calibration * calibration(
+        self_scores, judge, gamma
+    )  # Eq. 1
