@@ -100,20 +100,25 @@ def raise_together(error: Exception | None) -> None:
 # FSDP2
 
 
-def shard(root: torch.nn.Module, blocks: Iterable[torch.nn.Module], dtype: torch.dtype) -> None:
-    """Shard each block as one group and the rest (embedding, norm, head: tied or not) with the
-    root."""
+def shard(
+    root: torch.nn.Module,
+    blocks: Iterable[torch.nn.Module],
+    dtype: torch.dtype,
+    trainable: bool,
+) -> None:
+    """Shard each block as one group, and the rest (embedding, norm, head: tied or not) with the
+    root. The root stays whole between a forward and its backward, so one that has no backward must
+    be told: its parameters would never be shards again."""
     mesh = init_device_mesh(device().type, (world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(root, mesh=mesh, mp_policy=precision)
+    fully_shard(root, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
 
 
-def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded parameter. Collective: every rank must call it for the same parameters
-    in order."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+def full_tensor(sharded: DTensor) -> torch.Tensor:
+    """The whole of a sharded tensor. Collective: every rank must call it, in the same order."""
+    return sharded.full_tensor()
 
 
 @torch.no_grad()

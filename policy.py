@@ -166,7 +166,7 @@ def load_policy(folder: str | Path, config: PolicyConfig, trainable: bool = True
     policy.requires_grad_(trainable).train(trainable)
     if trainable and config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    parallel.shard(policy, policy.model.model.layers, compute)
+    parallel.shard(policy, policy.model.model.layers, compute, trainable)
     return policy
 
 
@@ -183,7 +183,7 @@ def export(policy: Policy, tokenizer, folder: Path) -> None:
         aside.mkdir(parents=True)
         save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
         config = json.loads(policy.model.config.to_json_string(use_diff=True))
-        config |= {"architectures": [type(policy.model).__mro__[1].__name__], "dtype": "bfloat16"}
+        config |= {"architectures": [type(policy.model).__name__], "dtype": "bfloat16"}
         (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
         policy.model.generation_config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

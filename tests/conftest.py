@@ -1,0 +1,282 @@
+"""Fixtures: a process group of one, tokenizers and tiny models made on the spot, a fake judge.
+
+Run all tests: make test. One file: .venv/bin/python -m pytest tests/test_grpo.py
+"""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import parallel
+import prompts
+from buffer import Rollout
+
+ROOT = Path(__file__).parent.parent
+EOS = "<|end|>"
+REQUESTS = [f"Say something about {thing}." for thing in
+            ("rain", "tea", "cats", "maps", "salt", "wind", "bread", "moss", "clay", "owls", "ink",
+             "snow")]  # fmt: skip
+ANSWERS = ("It is fine.", "It is old and good.", "Well, it is what it is.")
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def group():
+    """A process group of one rank, for code that reduces over ranks."""
+    torch.set_num_threads(2)
+    with parallel.process_group():
+        yield
+
+
+def make_tokenizer(digits: str = "alone", vocab_size: int = 700) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer. digits: "alone", one token each; "merged", glued to others."""
+    text = [prompts.policy_prompt([{"role": "user", "content": r}], "short") for r in REQUESTS]
+    text += [prompts.render_response(a, (d,) * 5) for a in ANSWERS for d in range(10)]
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=digits == "alone")
+    if digits == "alone":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex("[0-9]"), "isolated"), byte_level]
+        )
+    else:
+        tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+def make_model(kind: str, vocab_size: int, tied: bool = True, seed: int = 0):
+    """A random model of two layers."""
+    torch.manual_seed(seed)
+    common = dict(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        initializer_range=0.1,
+    )  # fmt: skip
+    classes = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+    config, model = classes[kind]
+    extra = {"head_dim": 16} if kind != "qwen2" else {}
+    return model(config(**common, **extra))
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory, tokenizer):
+    """folder(kind, tied): a random tiny model as a Hugging Face folder."""
+    made = {}
+
+    def folder(kind: str = "llama", tied: bool = True) -> Path:
+        if (kind, tied) not in made:
+            made[kind, tied] = path = tmp_path_factory.mktemp(f"{kind}_{tied}")
+            make_model(kind, len(tokenizer), tied).save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        return made[kind, tied]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parrot_folder(tmp_path_factory, tokenizer):
+    """A tiny model that has learnt to answer in a few words, with a block of random scores."""
+    rng = random.Random(0)
+    model = make_model("qwen3", len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(220):
+        rows = []
+        for _ in range(8):
+            conversation = [{"role": "user", "content": rng.choice(REQUESTS)}]
+            prompt = tokenizer.encode(prompts.policy_prompt(conversation, "short"))
+            scores = [rng.randrange(10) for _ in range(5)]
+            response = tokenizer.encode(prompts.render_response(rng.choice(ANSWERS), scores))
+            rows.append((prompt, response))
+        width = max(len(p) + len(r) for p, r in rows)
+        ids = torch.zeros(8, width, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for b, (p, r) in enumerate(rows):
+            ids[b, : len(p) + len(r)] = torch.tensor(p + r)
+            labels[b, len(p) : len(p) + len(r)] = torch.tensor(r)
+        model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("parrot")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": r}) + "\n" for r in REQUESTS))
+    return path
+
+
+def make_rollout(tokenizer, answer="It is fine.", scores=(8, 8, 8, 1, 1), judge=(2, 3, 4, 5, 6),
+                 reward=0.5, sample=0, prompt="Say something.", **changes) -> Rollout:  # fmt: skip
+    """A well-formed rollout that was tokenised from its text."""
+    text = prompts.render_response(answer, scores)
+    response = tuple(tokenizer.encode(text, add_special_tokens=False))
+    fields = dict(
+        cycle=1, step=1, prompt_id=prompt, sample=sample, seed=0,
+        prompt_ids=tuple(tokenizer.encode(prompt, add_special_tokens=False)),
+        response_ids=response, text=text, finish_reason="stop", answer=answer, self_scores=scores,
+        score_positions=prompts.score_positions(response, tokenizer), judge_scores=judge,
+        judge_model="test", reward=reward, quality=0.5, calibration=0.5, weight_version="c1s0",
+    )  # fmt: skip
+    return Rollout(**(fields | changes))
+
+
+# --------------------------------------------------------------------------------------------------
+# A judge server on loopback
+
+
+class FakeJudge:
+    """An OpenAI-compatible server; `replies` are used up first, then every answer is judged."""
+
+    def __init__(self):
+        self.bodies: list[dict] = []  # requests, in order of arrival
+        self.answered: list[str] = []  # what was asked, for each reply that was sent whole
+        self.replies: list[tuple[int, dict, object]] = []  # (status, headers, content or body)
+        self.delay = 0.0
+        self.in_flight = self.most_in_flight = 0
+        self._lock = threading.Lock()
+        judge = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with judge._lock:
+                    judge.bodies.append(body)
+                    judge.in_flight += 1
+                    judge.most_in_flight = max(judge.most_in_flight, judge.in_flight)
+                    planned = judge.replies.pop(0) if judge.replies else None
+                time.sleep(judge.delay)
+                status, headers, said = planned or (200, {}, judge.score(body))
+                if status == 200:
+                    choice = {"index": 0, "finish_reason": headers.pop("finish", "stop")}
+                    choice["message"] = {"role": "assistant", "content": said}
+                    usage = {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14}
+                    said = {"id": "x", "object": "chat.completion", "created": 0, "model": "served",
+                            "choices": [choice], "usage": usage}  # fmt: skip
+                data = json.dumps(said).encode()
+                with judge._lock:
+                    judge.in_flight -= 1
+                try:
+                    self.send_response(status)
+                    for name, value in {**headers, "content-length": len(data)}.items():
+                        self.send_header(name, str(value))
+                    self.send_header("content-type", "application/json")
+                    self.end_headers()
+                    self.wfile.write(data)
+                    with judge._lock:
+                        judge.answered.append(body["messages"][-1]["content"])
+                except OSError:
+                    pass  # the asker was killed
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def score(body: dict) -> str:
+        """Scores that depend on nothing but the question."""
+        digits = random.Random(body["messages"][-1]["content"])
+        return json.dumps({a: digits.randrange(10) for a in prompts.ATTRIBUTES})
+
+
+@pytest.fixture
+def fake_judge(monkeypatch):
+    judge = FakeJudge()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-for-tests")
+    monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+    yield judge
+    judge.server.shutdown()
+
+
+# --------------------------------------------------------------------------------------------------
+# Several ranks
+
+
+def start_ranks(ranks: int, script: list[str], cwd: Path, **env: str) -> list[subprocess.Popen]:
+    """Start `python script...` once per rank with torchrun's variables."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        variables = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *script],
+                cwd=cwd,
+                env={**os.environ, **variables, **env},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )  # fmt: skip
+        )
+    return started
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 240) -> str:
+    """Wait for all ranks; their output, and an assertion that all ended well."""
+    output = "".join(p.communicate(timeout=timeout)[0] for p in processes)
+    assert [p.returncode for p in processes] == [0] * len(processes), output[-4000:]
+    return output
+
+
+def small_args(model: Path, data: Path, **options: object) -> list[str]:
+    """Command line of a tiny run: 2 cycles of 2 steps of 4 prompts x 4 rollouts."""
+    values = {
+        "model": model, "data": data, "name": "tiny", "judge": "heuristic", "cycles": 2,
+        "window": 8, "batch": 4, "rl_steps": 2, "rollouts": 4, "prompt_tokens": 700,
+        "sampling.max_tokens": 120, "grpo.lr": 1e-3, "sft.lr": 1e-3, "sft.batch": 8,
+        "policy.dtype": "float32", "policy.micro_batch_tokens": 2048,
+    } | options  # fmt: skip
+    args = [str(ROOT / "cycle.py"), "--preset", "small"]
+    return args + [word for k, v in values.items() for word in (f"--{k}", str(v))]

@@ -1,0 +1,73 @@
+"""Not a test: one rank of test_ranks.py. Usage: rank_gradients.py MODEL_FOLDER OUT.pt
+
+Saves {case: {parameter: whole gradient}} of one RL step and one distillation update, for each loss
+mean and several splits into micro-batches.
+"""
+
+import sys
+
+import torch
+from conftest import make_rollout
+
+import parallel
+import sft_masked
+from grpo import GRPOConfig, rl_step
+from policy import PolicyConfig, load_policy, load_tokenizer
+
+ANSWERS = ("Yes.", "It is old and good.", "Well, it is what it is, and that is fine.", "No, no.")
+REWARDS = (0.3, -1.0, 0.9, 0.5, 0.2, 0.2, 0.7, 0.1)
+
+
+class Capture:
+    """In the optimiser's place: keeps the gradients instead of using them."""
+
+    grads: dict[str, torch.Tensor]
+
+    def __init__(self, parameters, **_):
+        self.param_groups = []
+        self.parameters = list(parameters)
+
+    def step(self):
+        Capture.grads = [parallel.full_tensor(p.grad).clone() for p in self.parameters]
+
+    def zero_grad(self):
+        for p in self.parameters:
+            p.grad = None
+
+
+def main(folder: str, out: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    rollouts = [
+        make_rollout(
+            tokenizer, ANSWERS[k % 4], sample=k % 4, prompt="Hm? " * (1 + k // 4), reward=r
+        )
+        for k, r in enumerate(REWARDS)
+    ]
+    sft_masked.torch.optim.AdamW = Capture
+    cases = {}
+    with parallel.process_group():
+        share = len(rollouts) // parallel.world_size()
+        mine = rollouts[parallel.rank() * share :][:share]
+        policy = load_policy(folder, PolicyConfig(dtype="float32", head_tokens=7))
+        reference = load_policy(folder, PolicyConfig(dtype="float32"), trainable=False)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.mul_(1.02)  # so that the KL has a gradient
+        names = [name for name, _ in policy.model.named_parameters()]
+        for budget in (1, 150, 10_000):
+            for loss_mean in ("response", "token"):
+                config = GRPOConfig(loss_mean=loss_mean, kl_coef=0.5, grad_clip=1e9)
+                rl_step(
+                    policy, reference, Capture(policy.parameters()), mine, 4, 0.8, config, budget
+                )
+                cases[f"{loss_mean} {budget}"] = dict(zip(names, Capture.grads, strict=True))
+            # Seven rows: two ranks get four and three, and different numbers of micro-batches.
+            config = sft_masked.SFTConfig(grad_clip=1e9)
+            list(sft_masked.distil(policy, tokenizer, rollouts[:7], config, budget, seed=0))
+            cases[f"sft {budget}"] = dict(zip(names, Capture.grads, strict=True))
+        if parallel.rank() == 0:
+            torch.save(cases, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,28 @@
+"""One gradient, however it is split: .venv/bin/python -m pytest tests/test_ranks.py"""
+
+import pytest
+import torch
+from conftest import ROOT, finish, start_ranks
+
+
+def gradients(folder, tmp_path, ranks):
+    out = tmp_path / f"{ranks}.pt"
+    script = [str(ROOT / "tests" / "rank_gradients.py"), str(folder), str(out)]
+    finish(start_ranks(ranks, script, ROOT, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"))
+    return torch.load(out)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen3", False)])
+def test_ranks_and_micro_batches_do_not_change_the_gradient(random_folder, tmp_path, kind, tied):
+    folder = random_folder(kind, tied)
+    one, two = (gradients(folder, tmp_path, ranks) for ranks in (1, 2))
+    assert one.keys() == two.keys() and len(one) == 9
+    for case in one:
+        whole = one[f"{case.split()[0]} 10000"]  # one rank, as few micro-batches as can be
+        for got in (one[case], two[case]):
+            for name, want in whole.items():
+                assert want.norm() > 0, (case, name)
+                assert (got[name] - want).norm() / want.norm() < 1e-4, (case, name)
+    # The two means are different objectives, and the test would see it.
+    a, b = one["response 10000"], one["token 10000"]
+    assert any((a[name] - b[name]).norm() / a[name].norm() > 1e-2 for name in a)
