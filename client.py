@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -75,8 +76,9 @@ class ChatClient:
             max_retries=0, timeout=config.timeout
         )  # retries are counted here
         self._slots = asyncio.Semaphore(concurrency)
-        self._cache_path = cache
-        self._replies = _read_cache(cache) if cache else {}
+        self._cache = cache
+        self._cache_read = 0  # bytes of the cache file that are in _replies
+        self._replies: dict[str, dict] = {}
         self._asking: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def ask(self, messages: list[dict[str, str]], parse: Callable[[str], T]) -> T:
@@ -93,11 +95,28 @@ class ChatClient:
         key = hashlib.sha256(identity.encode()).hexdigest()
         async with self._asking[key]:  # two equal questions at once become one
             if key not in self._replies:
+                self._read_cache()
+            if key not in self._replies:
                 record = await self._ask_server(key, request, parse)
                 self._replies[key] = record
-                if self._cache_path:
-                    append_line(self._cache_path, record)
+                if self._cache:
+                    append_line(self._cache, record)
             return parse(self._replies[key]["reply"])
+
+    def _read_cache(self) -> None:
+        """Take in what this rank and the others have added to the file since the last look. A line
+        that a kill cut short is passed over: its reply is asked again."""
+        if self._cache is None or not self._cache.exists():
+            return
+        with open(self._cache, "rb") as f:
+            f.seek(self._cache_read)
+            new = f.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._cache_read += len(whole)
+        for line in whole.splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                self._replies[record["key"]] = record
 
     async def _ask_server(self, key: str, request: dict, parse: Callable[[str], object]) -> dict:
         reason = ""
@@ -161,19 +180,6 @@ def _retry_after(error: openai.APIStatusError) -> float:
         return float(error.response.headers.get("retry-after", 0))
     except ValueError:
         return 0.0
-
-
-def _read_cache(path: Path) -> dict[str, dict]:
-    """key -> record; a line that a kill cut short is passed over, its reply is asked again."""
-    replies = {}
-    if path.exists():
-        for line in path.read_text("utf-8", errors="replace").split("\n"):
-            try:
-                record = json.loads(line)
-                replies[record["key"]] = record
-            except (ValueError, KeyError, TypeError):
-                continue
-    return replies
 
 
 class Background:

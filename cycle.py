@@ -17,6 +17,7 @@ Where the paper leaves a choice:
 3. Each phase starts with a fresh optimiser, as in the authors' scripts.
 """
 
+import argparse
 import json
 import os
 import random
@@ -128,12 +129,9 @@ MAY_CHANGE = {"cycles", "save_every", "sample_rows", "client"}  # between a run 
 
 def parse(args: list[str]) -> Config:
     """Command line -> Config; `--preset` decides the defaults of the rest."""
-    chosen = [
-        b if a == "--preset" else a.removeprefix("--preset=")
-        for a, b in zip(args, [*args[1:], ""], strict=True)
-        if a.startswith("--preset")
-    ]
-    default = PRESETS.get(chosen[-1] if chosen else "paper", PRESETS["paper"])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="paper")
+    default = PRESETS[first.parse_known_args(args)[0].preset]
     return tyro.cli(Config, default=default, args=args, description=__doc__)
 
 

@@ -239,16 +239,20 @@ def fake_judge(monkeypatch):
 # Several ranks
 
 
-def start_ranks(ranks: int, script: list[str], cwd: Path, **env: str) -> list[subprocess.Popen]:
-    """Start `python script...` once per rank with torchrun's variables."""
+def free_port() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return str(s.getsockname()[1])
+
+
+def start_ranks(ranks: int, script: list[str], cwd: Path, **env: str) -> list[subprocess.Popen]:
+    """Start `python script...` once per rank with torchrun's variables."""
+    port = free_port()
     started = []
     for rank in range(ranks):
         variables = {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         started.append(
             subprocess.Popen(
