@@ -119,8 +119,8 @@ SMALL = Config(
     prompt_tokens=600,
     template="short",
     sampling=SamplingParams(max_tokens=160),
-    grpo=GRPOConfig(lr=2e-5),
-    sft=SFTConfig(lr=5e-5),
+    grpo=GRPOConfig(lr=5e-5),
+    sft=SFTConfig(lr=1e-4),
     policy=PolicyConfig(micro_batch_tokens=2048, gradient_checkpointing=False),
 )
 PRESETS = {"paper": Config(), "small": SMALL}
