@@ -10,6 +10,7 @@ are a malformed response."""
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import median_low
 from typing import NamedTuple
 
 import reward
@@ -44,8 +45,8 @@ def clustered_mean(values: Sequence[float], prompt_ids: Sequence[str]) -> Estima
 
 
 def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> dict[str, Estimate]:
-    """well_formed over all responses; quality, calibration, mae and mae/<attribute> over the
-    well-formed ones.
+    """well_formed over all responses, the rest over the well-formed ones: quality, calibration, mae,
+    mae/<attribute>, and calibration/constant, what one vector for all responses would reach.
 
     Raises ValueError if a well-formed response has no judge scores.
     """
@@ -57,12 +58,15 @@ def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> 
     def over_valid(f) -> Estimate:
         return clustered_mean([f(s, j) for _, s, j in valid], prompts)
 
+    # A predictor that knows nothing of the response: the judge's median on these same responses.
+    constant = [median_low(scores) for scores in zip(*(j for _, _, j in valid), strict=True)]
     table = {
         "well_formed": clustered_mean(
             [float(s is not None) for _, s, _ in rows], [prompt for prompt, _, _ in rows]
         ),
         "quality": over_valid(lambda s, j: reward.quality(j)),
         "calibration": over_valid(lambda s, j: reward.calibration(s, j, gamma)),
+        "calibration/constant": over_valid(lambda s, j: reward.calibration(constant, j, gamma)),
         "mae": over_valid(reward.mean_absolute_error),
     }
     for a, name in enumerate(ATTRIBUTES):

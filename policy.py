@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import parallel
 from files import publish
@@ -148,6 +149,7 @@ def load_tokenizer(folder: str | Path):
 
 def load_model(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on this process's CPU."""
+    disable_progress_bar()  # one bar per rank and per load says nothing
     return AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,

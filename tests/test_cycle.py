@@ -81,6 +81,8 @@ BAD = {
     "steps": ({"rl_steps": 3}, r"rl_steps 3 .* 1 epoch.* window of 8 .* batches of 4 are 2 steps"),
     "model": ({"model": "none"}, "model none: no such folder"),
     "context": ({"prompt_tokens": 4096}, "reads 1024 tokens, fewer than prompt_tokens 4096"),
+    "rollouts": ({"rollouts": 1}, "rollouts must be at least 2"),
+    "cycles": ({"cycles": 0}, "cycles must be at least 1"),
     "key": ({"judge": "gpt-5.4"}, "OPENAI_API_KEY"),
     "paper": ({"preset": "paper"}, "needs CUDA .* --preset small"),
 }
@@ -187,6 +189,8 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
             block = prompts.parse_self_eval(r.text)
             assert (block is None) == (r.reward == -1) == (r.judge_scores is None)
             assert block is None or (block.answer, block.scores) == (r.answer, r.self_scores)
+    [start] = json.loads((run / "env.json").read_text())
+    assert start["ranks"] == 2 and start["versions"]["torch"] == torch.__version__
     assert AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "cycle_02").num_parameters()
     assert sorted(p.name for p in (run / "state").iterdir()) == [
         "cycle_002_step_00002", "cycle_003_step_00000"

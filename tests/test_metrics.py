@@ -32,6 +32,9 @@ def test_only_well_formed_responses_enter_the_scores():
     assert table["mae"].mean == pytest.approx(1.3)
     assert table["mae/helpfulness"].mean == 2 and table["mae/complexity"].mean == 0.5
     assert table["mae/verbosity"].mean == 0
+    # Medians (the lower of two): 3, 3, 3, 2, 1. MAE 9/5 to the first judgement, 7/5 to the second.
+    constant = ((1 - 9 / 45) ** 2 + (1 - 7 / 45) ** 2) / 2
+    assert table["calibration/constant"].mean == pytest.approx(constant)
 
 
 def test_a_well_formed_response_without_a_judgement_is_an_error():
