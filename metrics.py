@@ -45,7 +45,7 @@ def clustered_mean(values: Sequence[float], prompt_ids: Sequence[str]) -> Estima
 
 
 def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> dict[str, Estimate]:
-    """well_formed over all responses, the rest over the well-formed ones: quality, calibration, mae,
+    """well_formed over all responses, the rest over the well-formed: quality, calibration, mae,
     mae/<attribute>, and calibration/constant, what one vector for all responses would reach.
 
     Raises ValueError if a well-formed response has no judge scores.
