@@ -1,6 +1,6 @@
 """Answers, judgements and figures of one checkpoint on one prompt file (Sec. 4.1, first form).
 
-    python evaluate.py --model runs/see/checkpoints/cycle_03 --data FILE --name see-c3 --n 8
+    python evaluate.py --model runs/see/checkpoints/cycle_03 --data FILE --name see-c3 --samples 8
 
 `results/NAME/` holds the configuration, every rollout with its judgement, and `summary.json`: the
 well-formed rate, quality, calibration and mean absolute errors, each with its standard error over
@@ -49,7 +49,7 @@ class EvalConfig:
     judge: str = "gpt-5.4"
     """Model name at an OpenAI-compatible endpoint (Sec. 4.1), or "heuristic", an offline
     stand-in that says nothing about real judging."""
-    n: int = 1
+    samples: int = 1
     """Samples per prompt."""
     limit: int = 0
     """Prompts, drawn by seed; 0: all of the file."""
@@ -139,7 +139,7 @@ def run(config: EvalConfig, prompts: list[Prompt], ids: dict, tokenizer) -> dict
         tokenizer=tokenizer,
         prompts={p.id: p for p in prompts},
         prompt_ids=ids,
-        rollouts=config.n,
+        rollouts=config.samples,
         seed=config.seed,
         params=config.sampling,
         reward=config.reward,
@@ -150,7 +150,7 @@ def run(config: EvalConfig, prompts: list[Prompt], ids: dict, tokenizer) -> dict
     path = folder / "rollouts.jsonl"
     on_file = {r.key: r for r in buffer.read(path)}
     # A step is one sampler batch on every rank: what a kill can cost.
-    size = max(1, config.sample_rows // config.n) * parallel.world_size()
+    size = max(1, config.sample_rows // config.samples) * parallel.world_size()
     steps = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     bar = tqdm(steps, desc=f"evaluating {config.name}", disable=parallel.rank() != 0)
     for step, batch in enumerate(bar, 1):

@@ -196,10 +196,13 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
         "cycle_002_step_00002", "cycle_003_step_00000"
     ]  # fmt: skip
 
-    evaluate = [str(ROOT / "evaluate.py"), "--model", str(run / "checkpoints" / "cycle_02"),
-                "--data", str(prompt_file), "--name", "after", "--judge", "heuristic", "--n", "3",
-                "--exclude_window", str(run), "--template", "short", "--sampling.max_tokens",
-                "120", "--prompt_tokens", "700", "--sample_rows", "6"]  # fmt: skip
+    options = {
+        "model": run / "checkpoints" / "cycle_02", "data": prompt_file, "name": "after",
+        "judge": "heuristic", "samples": 3, "exclude_window": run, "template": "short",
+        "sampling.max_tokens": 120, "prompt_tokens": 700, "sample_rows": 6,
+    }  # fmt: skip
+    evaluate = [str(ROOT / "evaluate.py")]
+    evaluate += [word for k, v in options.items() for word in (f"--{k}", str(v))]
     finish(start_ranks(2, evaluate, tmp_path))
     answers = buffer.read(tmp_path / "results" / "after" / "rollouts.jsonl")
     window = set(json.loads((run / "window.json").read_text()))
