@@ -172,7 +172,7 @@ def render(table: dict[str, Estimate]) -> str:
 
     def line(name: str, e: Estimate) -> str:
         mean, se = ("-" if x is None else f"{x:.4f}" for x in (e.mean, e.se))
-        return f"{name:<18} {mean:>8} ± {se:<7} n = {e.n}"
+        return f"{name:<22} {mean:>8} ± {se:<7} n = {e.n}"
 
     return "\n".join(line(name, estimate) for name, estimate in table.items())
 
