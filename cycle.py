@@ -41,7 +41,7 @@ from grpo import GRPOConfig, make_optimizer, rl_step
 from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, check_same_config, open_folder, read_metrics, trim_metrics
 from policy import PolicyConfig, check_model_folder, export, load_model, load_policy, load_tokenizer
-from prompts import check_tokenizer, policy_prompt
+from prompts import check_tokenizer, prompt_ids
 from reward import RewardConfig
 from rollout import Collector, figures, in_buffer
 from sampler import SamplingParams, TransformersSampler
@@ -185,24 +185,12 @@ def prepare(config: Config) -> Setup:
     if config.judge != "heuristic":
         check_environment()
 
-    model_config = check_model_folder(config.model)
-    longest = config.prompt_tokens + config.sampling.max_tokens
-    if longest > model_config["max_position_embeddings"]:
-        raise ValueError(
-            f"model {config.model} reads {model_config['max_position_embeddings']} tokens, fewer "
-            f"than prompt_tokens {config.prompt_tokens} + sampling.max_tokens "
-            f"{config.sampling.max_tokens}; lower one of them"
-        )
+    check_model_folder(config.model, config.prompt_tokens + config.sampling.max_tokens)
     prompts = load_prompts(config.data)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer)
     ids = {
-        p.id: tuple(
-            tokenizer.encode(
-                policy_prompt(p.conversation, config.template, config.few_shot),
-                add_special_tokens=False,
-            )
-        )
+        p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
         for p in prompts
     }
     fitting = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
@@ -222,8 +210,8 @@ def prepare(config: Config) -> Setup:
             f"{folder} holds a run on other prompts: {config.data} has changed; choose another "
             "--name"
         )
-    prompt_ids = {p.id: ids[p.id] for p in window}
-    return Setup(folder, tokenizer, window, prompt_ids, len(prompts) - len(fitting))
+    window_ids = {p.id: ids[p.id] for p in window}
+    return Setup(folder, tokenizer, window, window_ids, len(prompts) - len(fitting))
 
 
 def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[Prompt]]:

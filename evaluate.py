@@ -30,7 +30,7 @@ from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, check_same_config, open_folder
 from metrics import Estimate, summarise
 from policy import check_model_folder, load_model, load_tokenizer
-from prompts import check_tokenizer, policy_prompt
+from prompts import check_tokenizer, prompt_ids
 from reward import RewardConfig
 from rollout import Collector
 from sampler import SamplingParams, TransformersSampler
@@ -78,7 +78,7 @@ def prepare(config: EvalConfig) -> tuple[list[Prompt], dict[str, tuple[int, ...]
     """(prompts, their token ids, tokenizer). Raises ValueError or JudgeError, no weights loaded."""
     if config.judge != "heuristic":
         check_environment()
-    check_model_folder(config.model)
+    check_model_folder(config.model, config.prompt_tokens + config.sampling.max_tokens)
     prompts = load_prompts(config.data)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer)
@@ -89,12 +89,7 @@ def prepare(config: EvalConfig) -> tuple[list[Prompt], dict[str, tuple[int, ...]
         window = set(json.loads(known.read_text()))
         prompts = [p for p in prompts if p.id not in window]
     ids = {
-        p.id: tuple(
-            tokenizer.encode(
-                policy_prompt(p.conversation, config.template, config.few_shot),
-                add_special_tokens=False,
-            )
-        )
+        p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
         for p in prompts
     }
     prompts = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]

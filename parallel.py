@@ -87,13 +87,13 @@ def all_max(value: float) -> float:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Every rank calls it; if any has an error, all stop, so that none waits for a rank that is
-    gone."""
+    """Every rank calls it; if any has an error all stop: it with its error, the others with one
+    line. None waits for a rank that is gone."""
     failed = all_sum({"failed": float(error is not None)})["failed"]
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError(f"{failed:.0f} other rank(s) stopped; their messages say why")
+        raise SystemExit(f"rank {rank()} stops because {failed:.0f} other rank(s) did")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -115,9 +115,9 @@ class Policy(torch.nn.Module):
 # Load and export
 
 
-def check_model_folder(folder: str | Path) -> dict:
-    """The model's config.json, read without loading weights. Raises ValueError where the model
-    cannot be used."""
+def check_model_folder(folder: str | Path, longest: int) -> None:
+    """Raise ValueError if the model cannot be used for rows of `longest` tokens. Loads no
+    weights."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
@@ -140,7 +140,11 @@ def check_model_folder(folder: str | Path) -> dict:
             f"model {folder}: no *.safetensors file; other weight formats can run code and are "
             "not loaded"
         )
-    return config
+    if longest > config["max_position_embeddings"]:
+        raise ValueError(
+            f"model {folder} reads {config['max_position_embeddings']} tokens, fewer than "
+            f"prompt_tokens + sampling.max_tokens = {longest}; lower one of them"
+        )
 
 
 def load_tokenizer(folder: str | Path):

@@ -86,14 +86,11 @@ def parse_self_eval(text: str) -> SelfEval | None:
     return SelfEval(answer.strip(), tuple(int(digit) for digit in body.groups()))
 
 
-def _decode(tokenizer, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def decode(tokenizer, response_ids: Sequence[int]) -> str:
-    """A rollout's `text`: the tokenizer's own decoding of the sampled ids, special tokens and
-    all."""
-    return _decode(tokenizer, list(response_ids))
+def decode(tokenizer, ids: Sequence[int]) -> str:
+    """Text of sampled ids as it stands, special tokens and all."""
+    return tokenizer.decode(
+        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
@@ -102,7 +99,7 @@ def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
 
     A token is a digit of its own if it writes one digit and otherwise at most white space before
     it."""
-    digit = _decode(tokenizer, [token_id]).lstrip(" ")
+    digit = decode(tokenizer, [token_id]).lstrip(" ")
     piece = tokenizer.convert_ids_to_tokens(
         token_id
     )  # the vocabulary's spelling, such as "8" or "Ġ8"
@@ -114,7 +111,7 @@ def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
     ):
         return None
     ids = tuple(tokenizer.convert_tokens_to_ids(piece.replace(digit, d)) for d in "0123456789")
-    written = [None if i is None else _decode(tokenizer, [i]).lstrip(" ") for i in ids]
+    written = [None if i is None else decode(tokenizer, [i]).lstrip(" ") for i in ids]
     return ids if written == list("0123456789") else None
 
 
@@ -124,17 +121,17 @@ def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | No
     None if the response is malformed, or if a digit shares its token with another character.
     """
     ids = list(token_ids)
-    text = _decode(tokenizer, ids)
+    text = decode(tokenizer, ids)
     if parse_self_eval(text) is None:
         return None
     # The block is ASCII and ends the text, so walk back to the first token of a tail that holds all
     # of it ...
     start = len(ids) - 1
-    while OPEN not in _decode(tokenizer, ids[start:]):
+    while OPEN not in decode(tokenizer, ids[start:]):
         start -= 1
-    tail = _decode(tokenizer, ids[start:])
+    tail = decode(tokenizer, ids[start:])
     # ... and let each token own the characters by which it makes the decoded tail longer.
-    ends = [len(_decode(tokenizer, ids[start : k + 1])) for k in range(start, len(ids))]
+    ends = [len(decode(tokenizer, ids[start : k + 1])) for k in range(start, len(ids))]
     spans = list(zip([0, *ends], ends, strict=False))
     body = _BODY.fullmatch(tail.partition(OPEN)[2])
     offset = tail.index(OPEN) + len(OPEN)
@@ -347,6 +344,14 @@ def policy_prompt(
     before, after = TEMPLATES[template].split("{FEW_SHOT_EXAMPLES}")
     middle, end = after.split("{REAL_CONVERSATION_TRANSCRIPT}")
     return before + shown + middle + transcript(conversation) + end
+
+
+def prompt_ids(
+    tokenizer, conversation: Sequence[Turn], template: str = "paper", few_shot: str = "paper-like"
+) -> tuple[int, ...]:
+    """`policy_prompt` as token ids, without special tokens."""
+    text = policy_prompt(conversation, template, few_shot)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class TransformersSampler:
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
 
-    def load_weights(self, policy: Policy, version: str) -> None:
+    def load_weights(self, policy: Policy, version: str = "handed over") -> None:
         """Overwrite every weight with the policy's. Collective: all ranks call it together."""
         own = dict(self.model.named_parameters())
         for name, tensor in policy.full_weights(self.model.dtype):

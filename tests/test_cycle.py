@@ -80,7 +80,7 @@ BAD = {
     "window": ({"window": 16, "rl_steps": 4}, "window of 16 .* 12 unique prompts"),
     "steps": ({"rl_steps": 3}, r"rl_steps 3 .* 1 epoch.* window of 8 .* batches of 4 are 2 steps"),
     "model": ({"model": "none"}, "model none: no such folder"),
-    "context": ({"prompt_tokens": 4096}, "reads 1024 tokens, fewer than prompt_tokens 4096"),
+    "context": ({"prompt_tokens": 4096}, "reads 1024 tokens, fewer than prompt_tokens .* = 4216"),
     "rollouts": ({"rollouts": 1}, "rollouts must be at least 2"),
     "cycles": ({"cycles": 0}, "cycles must be at least 1"),
     "key": ({"judge": "gpt-5.4"}, "OPENAI_API_KEY"),
