@@ -35,15 +35,14 @@ from tqdm import tqdm
 import buffer
 import parallel
 from client import Background, ChatClient, ClientConfig, JudgeError, check_environment
-from data import Prompt, load_prompts
+from data import Prompt
 from files import append_line, write_text
 from grpo import GRPOConfig, make_optimizer, rl_step
 from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, check_same_config, open_folder, read_metrics, trim_metrics
-from policy import PolicyConfig, check_model_folder, export, load_model, load_policy, load_tokenizer
-from prompts import check_tokenizer, prompt_ids
+from policy import PolicyConfig, export, load_model, load_policy
 from reward import RewardConfig
-from rollout import Collector, figures, in_buffer
+from rollout import Collector, Inputs, figures, in_buffer, read_inputs
 from sampler import SamplingParams, TransformersSampler
 from sft_masked import SFTConfig, distil
 
@@ -126,7 +125,7 @@ SMALL = Config(
 PRESETS = {"paper": Config(), "small": SMALL}
 # Not in the paper: nats per token; two bf16 forwards of the same weights differ by about 0.02.
 GAP_ALARM = 0.1
-MAY_CHANGE = {"cycles", "save_every", "sample_rows", "client"}  # between a run and its continuation
+MAY_CHANGE = {"cycles", "save_every", "client"}  # between a run and its continuation
 
 
 def parse(args: list[str]) -> Config:
@@ -146,10 +145,8 @@ class Setup:
     """What is known before the model is loaded."""
 
     folder: Path
-    tokenizer: object
     window: list[Prompt]
-    prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the whole policy prompt
-    too_long: int  # prompts dropped before the draw
+    inputs: Inputs
 
 
 def prepare(config: Config) -> Setup:
@@ -185,19 +182,12 @@ def prepare(config: Config) -> Setup:
     if config.judge != "heuristic":
         check_environment()
 
-    check_model_folder(config.model, config.prompt_tokens + config.sampling.max_tokens)
-    prompts = load_prompts(config.data)
-    tokenizer = load_tokenizer(config.model)
-    check_tokenizer(tokenizer)
-    ids = {
-        p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
-        for p in prompts
-    }
-    fitting = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
+    inputs = read_inputs(config)
+    fitting = inputs.prompts
     if config.window > len(fitting):
         raise ValueError(
             f"{config.data}: a window of {config.window} prompts is asked for, but the file has "
-            f"{len(prompts)} unique prompts, {len(fitting)} of them within "
+            f"{len(fitting) + inputs.too_long} unique prompts, {len(fitting)} of them within "
             f"{config.prompt_tokens} tokens; lower --window or give more data"
         )
     chosen = sorted(random.Random(config.seed).sample(range(len(fitting)), config.window))
@@ -210,8 +200,7 @@ def prepare(config: Config) -> Setup:
             f"{folder} holds a run on other prompts: {config.data} has changed; choose another "
             "--name"
         )
-    window_ids = {p.id: ids[p.id] for p in window}
-    return Setup(folder, tokenizer, window, window_ids, len(prompts) - len(fitting))
+    return Setup(folder, window, inputs)
 
 
 def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[Prompt]]:
@@ -257,14 +246,14 @@ class Run:
             self.policy = load_policy(config.model, config.policy)
             self.reference = load_policy(config.model, config.policy, trainable=False)
             own = load_model(config.model, getattr(torch, config.policy.dtype))
-            self.sampler = TransformersSampler(own, setup.tokenizer, config.sample_rows)
+            self.sampler = TransformersSampler(own, setup.inputs.tokenizer, config.sample_rows)
         self.names = {p: name for name, p in self.policy.named_parameters()}
         self.collector = Collector(
             sampler=self.sampler,
             judge=self._make_judge(),
-            tokenizer=setup.tokenizer,
+            tokenizer=setup.inputs.tokenizer,
             prompts={p.id: p for p in setup.window},
-            prompt_ids=setup.prompt_ids,
+            prompt_ids=setup.inputs.prompt_ids,
             rollouts=config.rollouts,
             seed=config.seed,
             params=config.sampling,
@@ -360,7 +349,7 @@ class Run:
     def _distil(self, selected: list[buffer.Rollout], cycle: int) -> Iterator[dict]:
         updates = distil(
             self.policy,
-            self.setup.tokenizer,
+            self.setup.inputs.tokenizer,
             selected,
             self.config.sft,
             self.config.policy.micro_batch_tokens,
@@ -377,7 +366,7 @@ class Run:
         """Export, one line of means over the window, and the state that the next cycle needs."""
         with self.clock("saving"):
             checkpoint = self.folder / "checkpoints" / f"cycle_{cycle:02d}"
-            export(self.policy, self.setup.tokenizer, checkpoint)
+            export(self.policy, self.setup.inputs.tokenizer, checkpoint)
         lines = [m for m in read_metrics(self.folder) if (m["cycle"], m["phase"]) == (cycle, "rl")]
         means = {}
         for name in ("reward", "well_formed", "quality", "calibration", "mae"):
@@ -418,9 +407,11 @@ class Run:
             open_folder(self.folder, self.config)
             (self.folder / "rollouts").mkdir(exist_ok=True)
             write_text(self.folder / "window.json", json.dumps([p.id for p in self.setup.window]))
-            if self.setup.too_long:
+            if self.setup.inputs.too_long:
                 limit = self.config.prompt_tokens
-                print(f"{self.setup.too_long} prompts are over {limit} tokens and are left out")
+                print(
+                    f"{self.setup.inputs.too_long} prompts are over {limit} tokens and are left out"
+                )
         parallel.barrier()
 
     def _save(self, cycle: int, step: int, optimizer: torch.optim.AdamW | None) -> None:

@@ -24,15 +24,14 @@ from tqdm import tqdm
 import buffer
 import parallel
 from client import Background, ChatClient, ClientConfig, JudgeError, check_environment
-from data import Prompt, load_prompts
+from data import Prompt
 from files import write_text
 from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, check_same_config, open_folder
 from metrics import Estimate, summarise
-from policy import check_model_folder, load_model, load_tokenizer
-from prompts import check_tokenizer, prompt_ids
+from policy import load_model
 from reward import RewardConfig
-from rollout import Collector
+from rollout import Collector, Inputs, read_inputs
 from sampler import SamplingParams, TransformersSampler
 
 
@@ -74,25 +73,18 @@ class EvalConfig:
     client: ClientConfig = field(default_factory=ClientConfig)
 
 
-def prepare(config: EvalConfig) -> tuple[list[Prompt], dict[str, tuple[int, ...]], object]:
-    """(prompts, their token ids, tokenizer). Raises ValueError or JudgeError, no weights loaded."""
+def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
+    """The prompts to answer, and all that was read. Raises ValueError or JudgeError."""
     if config.judge != "heuristic":
         check_environment()
-    check_model_folder(config.model, config.prompt_tokens + config.sampling.max_tokens)
-    prompts = load_prompts(config.data)
-    tokenizer = load_tokenizer(config.model)
-    check_tokenizer(tokenizer)
+    inputs = read_inputs(config)
+    prompts = inputs.prompts
     if config.exclude_window:
         known = Path(config.exclude_window) / "window.json"
         if not known.is_file():
             raise ValueError(f"{known}: no such file; give a run's folder to --exclude_window")
         window = set(json.loads(known.read_text()))
         prompts = [p for p in prompts if p.id not in window]
-    ids = {
-        p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
-        for p in prompts
-    }
-    prompts = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
     if config.limit > len(prompts) or not prompts:
         raise ValueError(
             f"{config.data}: {config.limit or 'some'} prompts are asked for, but {len(prompts)} "
@@ -102,7 +94,7 @@ def prepare(config: EvalConfig) -> tuple[list[Prompt], dict[str, tuple[int, ...]
         chosen = random.Random(config.seed).sample(range(len(prompts)), config.limit)
         prompts = [prompts[i] for i in sorted(chosen)]
     check_same_config(Path("results") / config.name, config, {"sample_rows", "client"})
-    return prompts, ids, tokenizer
+    return prompts, inputs
 
 
 def weights_id(folder: str) -> str:
@@ -113,7 +105,7 @@ def weights_id(folder: str) -> str:
     return hashlib.blake2b(repr(sorted(stats)).encode(), digest_size=8).hexdigest()
 
 
-def run(config: EvalConfig, prompts: list[Prompt], ids: dict, tokenizer) -> dict[str, Estimate]:
+def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs) -> dict[str, Estimate]:
     """Sample, judge and summarise; rank 0 writes summary.json and returns the figures like all."""
     folder = Path("results") / config.name
     if parallel.rank() == 0:
@@ -126,14 +118,14 @@ def run(config: EvalConfig, prompts: list[Prompt], ids: dict, tokenizer) -> dict
         cache = folder / "judge_cache.jsonl"
         judge = LLMJudge(ChatClient(config.judge, config.client, share, cache))
     model = load_model(config.model, getattr(torch, config.dtype))
-    sampler = TransformersSampler(model, tokenizer, config.sample_rows)
+    sampler = TransformersSampler(model, inputs.tokenizer, config.sample_rows)
     sampler.weight_version = weights_id(config.model)
     collector = Collector(
         sampler=sampler,
         judge=judge,
-        tokenizer=tokenizer,
+        tokenizer=inputs.tokenizer,
         prompts={p.id: p for p in prompts},
-        prompt_ids=ids,
+        prompt_ids=inputs.prompt_ids,
         rollouts=config.samples,
         seed=config.seed,
         params=config.sampling,
@@ -150,9 +142,13 @@ def run(config: EvalConfig, prompts: list[Prompt], ids: dict, tokenizer) -> dict
     bar = tqdm(steps, desc=f"evaluating {config.name}", disable=parallel.rank() != 0)
     for step, batch in enumerate(bar, 1):
         collector.collect(0, step, batch, on_file, path)
-    rollouts = [r for r in buffer.read(path) if r.weight_version == sampler.weight_version]
+    # Only what this call asked for: other numbers of ranks or rows make other steps.
+    asked = {(step, p.id) for step, batch in enumerate(steps, 1) for p in batch}
+    answered = sorted(buffer.read(path), key=lambda r: r.key)
     rows = [
-        (r.prompt_id, r.self_scores, r.judge_scores) for r in sorted(rollouts, key=lambda r: r.key)
+        (r.prompt_id, r.self_scores, r.judge_scores)
+        for r in answered
+        if (r.step, r.prompt_id) in asked and r.weight_version == sampler.weight_version
     ]
     table = summarise(rows, config.reward.gamma)
     if parallel.rank() == 0:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -17,11 +18,36 @@ import parallel
 import reward
 from buffer import Rollout
 from client import Background, JudgeError
-from data import Prompt
+from data import Prompt, load_prompts
 from logbook import Clock
-from prompts import parse_self_eval, score_positions, stray
+from policy import check_model_folder, load_tokenizer
+from prompts import check_tokenizer, parse_self_eval, prompt_ids, score_positions, stray
 from reward import RewardConfig
 from sampler import Request, Sample, SamplingParams, seed_of
+
+
+class Inputs(NamedTuple):
+    """What a command is given, read and checked before weights are loaded."""
+
+    tokenizer: object
+    prompts: list[Prompt]  # those within the prompt limit, in file order
+    prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the whole policy prompt
+    too_long: int  # prompts over the limit
+
+
+def read_inputs(config) -> Inputs:
+    """Check the model folder and its tokenizer, read and tokenise the prompts (`config` is cycle's
+    or evaluate's). Raises ValueError."""
+    check_model_folder(config.model, config.prompt_tokens + config.sampling.max_tokens)
+    prompts = load_prompts(config.data)
+    tokenizer = load_tokenizer(config.model)
+    check_tokenizer(tokenizer)
+    ids = {
+        p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
+        for p in prompts
+    }
+    fitting = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
+    return Inputs(tokenizer, fitting, ids, len(prompts) - len(fitting))
 
 
 @dataclass

@@ -64,7 +64,7 @@ def test_a_good_configuration_is_prepared(tiny):
     setup = prepare(tiny())
     window = [p.conversation[0]["content"] for p in setup.window]
     drawn = sorted(random.Random(42).sample(range(12), 8))
-    assert window == [REQUESTS[i] for i in drawn] and setup.too_long == 0
+    assert window == [REQUESTS[i] for i in drawn] and setup.inputs.too_long == 0
 
 
 def test_long_prompts_are_left_out_before_the_draw(tiny, tmp_path, tokenizer):
@@ -72,7 +72,7 @@ def test_long_prompts_are_left_out_before_the_draw(tiny, tmp_path, tokenizer):
     rows = [{"prompt": "long " * 300}] + [{"prompt": r} for r in REQUESTS[:8]]
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     setup = prepare(tiny(data=str(data)))
-    assert setup.too_long == 1 and len(setup.window) == 8
+    assert setup.inputs.too_long == 1 and len(setup.window) == 8
 
 
 BAD = {
@@ -205,6 +205,13 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     evaluate += [word for k, v in options.items() for word in (f"--{k}", str(v))]
     finish(start_ranks(2, evaluate, tmp_path))
     answers = buffer.read(tmp_path / "results" / "after" / "rollouts.jsonl")
+    first = (tmp_path / "results" / "after" / "summary.json").read_text()
+    finish(start_ranks(2, evaluate, tmp_path))  # all is on file: nothing is sampled
+    assert (tmp_path / "results" / "after" / "summary.json").read_text() == first
+    finish(start_ranks(1, [*evaluate, "--sample_rows", "3"], tmp_path))  # other steps: all anew
+    again = json.loads((tmp_path / "results" / "after" / "summary.json").read_text())
+    assert again["metrics"]["well_formed"]["n"] == 12
+    (tmp_path / "results" / "after" / "summary.json").write_text(first)
     window = set(json.loads((run / "window.json").read_text()))
     assert len(answers) == 4 * 3 and not {r.prompt_id for r in answers} & window
     summary = json.loads((tmp_path / "results" / "after" / "summary.json").read_text())
