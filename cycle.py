@@ -227,7 +227,9 @@ def main(config: Config | None = None) -> None:
     try:
         setup = prepare(config)
     except (ValueError, JudgeError) as error:
-        raise SystemExit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
+        raise SystemExit(
+            f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
+        ) from None
     with parallel.process_group():
         try:
             Run(config, setup).train()

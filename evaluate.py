@@ -173,7 +173,9 @@ def main() -> None:
     try:
         prepared = prepare(config)
     except (ValueError, JudgeError) as error:
-        raise SystemExit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
+        raise SystemExit(
+            f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
+        ) from None
     with parallel.process_group():
         try:
             table = run(config, *prepared)

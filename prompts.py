@@ -99,20 +99,14 @@ def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
 
     A token is a digit of its own if it writes one digit and otherwise at most white space before
     it."""
+    digits = list("0123456789")
     digit = decode(tokenizer, [token_id]).lstrip(" ")
-    piece = tokenizer.convert_ids_to_tokens(
-        token_id
-    )  # the vocabulary's spelling, such as "8" or "Ġ8"
-    if (
-        len(digit) != 1
-        or digit not in "0123456789"
-        or not isinstance(piece, str)
-        or piece.count(digit) != 1
-    ):
+    if digit not in digits:
         return None
-    ids = tuple(tokenizer.convert_tokens_to_ids(piece.replace(digit, d)) for d in "0123456789")
+    piece = tokenizer.convert_ids_to_tokens(token_id)  # as the vocabulary spells it: "8", "Ġ8"
+    ids = tuple(tokenizer.convert_tokens_to_ids(piece.replace(digit, d)) for d in digits)
     written = [None if i is None else decode(tokenizer, [i]).lstrip(" ") for i in ids]
-    return ids if written == list("0123456789") else None
+    return ids if written == digits else None
 
 
 def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | None:

@@ -1,11 +1,9 @@
-"""Sampling rollouts (Sec. 3.1; App. A: temperature 0.8, top-p 0.9, top-k 25, stop after
-`[/SELF_EVAL]`).
+"""Sampling rollouts (Sec. 3.1; App. A: temperature 0.8, top-p 0.9, top-k 25, stop after the block).
 
 Every sampler has the same two methods:
 
-    load_weights(policy, version)      copy the policy's weights in; collective over ranks
-    sample(requests, params)           yield each rollout as it finishes, so that judging overlaps
-    sampling
+    load_weights(policy, version)   copy the policy's weights in; collective over ranks
+    sample(requests, params)        yield each rollout as it finishes, to be judged meanwhile
 
 `TransformersSampler` is the plain one: a Hugging Face model of its own (ranks finish at different
 times, so it cannot run on sharded weights) and a decoding loop. The prompt of a group is read once,
