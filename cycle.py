@@ -18,12 +18,14 @@ Where the paper leaves a choice:
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -40,10 +42,10 @@ from files import append_line, write_text
 from grpo import GRPOConfig, make_optimizer, rl_step
 from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, check_same_config, open_folder, read_metrics, trim_metrics
-from policy import PolicyConfig, export, load_model, load_policy
+from policy import PolicyConfig, export, load_policy
 from reward import RewardConfig
 from rollout import Collector, Inputs, figures, in_buffer, read_inputs
-from sampler import SamplingParams, TransformersSampler
+from sampler import EngineConfig, SamplingParams, choose, make_sampler
 from sft_masked import SFTConfig, distil
 
 
@@ -93,9 +95,12 @@ class Config:
     """Seed of window, orders, sampling and selection."""
     save_every: int = 0
     """RL steps between states within a phase, with optimiser; 0: at phase ends only."""
+    sampler: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples: vllm where it is installed (auto), or the plain loop."""
     sample_rows: int = 64
-    """Rollouts that the transformers sampler samples at once per rank."""
+    """Rollouts that are sampled at once per rank."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -225,14 +230,15 @@ def main(config: Config | None = None) -> None:
     """Run SEE. `config` None: from the command line."""
     config = config or parse(sys.argv[1:])
     try:
+        config = dataclasses.replace(config, sampler=choose(config.sampler))
         setup = prepare(config)
     except (ValueError, JudgeError) as error:
         raise SystemExit(
             f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
         ) from None
-    with parallel.process_group():
+    with parallel.process_group(), closing(Run(config, setup)) as run:
         try:
-            Run(config, setup).train()
+            run.train()
         except JudgeError as error:
             raise SystemExit(f"error: {error}") from None
 
@@ -245,10 +251,18 @@ class Run:
         self.clock = Clock()
         self._open_folder()
         with self.clock("loading"):
+            self.sampler = make_sampler(  # first: vLLM measures free memory
+                config.sampler,
+                Path(config.model),
+                setup.inputs.tokenizer,
+                dtype=config.policy.dtype,
+                longest=config.prompt_tokens + config.sampling.max_tokens,
+                rows=config.sample_rows,
+                seed=config.seed,
+                engine=config.engine,
+            )
             self.policy = load_policy(config.model, config.policy)
             self.reference = load_policy(config.model, config.policy, trainable=False)
-            own = load_model(config.model, getattr(torch, config.policy.dtype))
-            self.sampler = TransformersSampler(own, setup.inputs.tokenizer, config.sample_rows)
         self.names = {p: name for name, p in self.policy.named_parameters()}
         self.collector = Collector(
             sampler=self.sampler,
@@ -265,6 +279,9 @@ class Run:
             clock=self.clock,
         )
 
+    def close(self) -> None:
+        self.sampler.close()
+
     def train(self) -> None:
         """Algorithm 1. Lines 7-18 are in rollout.py, line 16 (Eq. 1) in reward.py."""
         first, done, optimizer = self._resume()
@@ -276,10 +293,11 @@ class Run:
             batches = step_batches(self.config, self.setup.window, cycle)
             steps = range(done + 1, self.config.rl_steps + 1)
             for step in self._progress(steps, f"cycle {cycle}, RL"):
-                self._hand_over(f"c{cycle}s{step - 1}")
+                version = self._hand_over(cycle, step)
                 rollouts = self.collector.collect(  # lines 7-18
-                    cycle, step, batches[step - 1], on_file, self._rollout_file(cycle)
+                    cycle, step, batches[step - 1], on_file, self._rollout_file(cycle), version
                 )
+                self.sampler.rest()
                 update = self._rl_step(optimizer, rollouts)  # lines 6, 19
                 self._log(cycle, "rl", step, figures(rollouts) | update)
                 self._save_in_phase_1(cycle, step, optimizer)
@@ -305,9 +323,13 @@ class Run:
             parallel.copy_shards(self.policy, self.reference)
         return make_optimizer(self.policy, self.config.grpo)
 
-    def _hand_over(self, version: str) -> None:
+    def _hand_over(self, cycle: int, step: int) -> str:
+        """The policy's weights to the sampler; their version is "c2s7" in cycle 2 after 7 RL
+        steps."""
+        version = f"c{cycle}s{step - 1}"
         with self.clock("hand_over"):
             self.sampler.load_weights(self.policy, version)
+        return version
 
     def _rl_step(self, optimizer: torch.optim.AdamW, rollouts: list[buffer.Rollout]) -> dict:
         with self.clock("training"):

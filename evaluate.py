@@ -13,11 +13,11 @@ import json
 import os
 import random
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -29,10 +29,9 @@ from files import write_text
 from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, check_same_config, open_folder
 from metrics import Estimate, summarise
-from policy import load_model
 from reward import RewardConfig
 from rollout import Collector, Inputs, read_inputs
-from sampler import SamplingParams, TransformersSampler
+from sampler import EngineConfig, SamplingParams, choose, make_sampler
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,14 @@ class EvalConfig:
     """Longest prompt, template included, in tokens; longer ones are left out and counted."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the sampling model's weights."""
+    sampler: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples: vllm where it is installed (auto), or the plain loop."""
     sample_rows: int = 64
     """Rollouts that are sampled at once per rank."""
     seed: int = 42
     """Seed of the draw of prompts and of sampling."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
 
@@ -77,6 +79,7 @@ def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
     """The prompts to answer, and all that was read. Raises ValueError or JudgeError."""
     if config.judge != "heuristic":
         check_environment()
+    choose(config.sampler)
     inputs = read_inputs(config)
     prompts = inputs.prompts
     if config.exclude_window:
@@ -105,7 +108,22 @@ def weights_id(folder: str) -> str:
     return hashlib.blake2b(repr(sorted(stats)).encode(), digest_size=8).hexdigest()
 
 
-def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs) -> dict[str, Estimate]:
+def load_sampler(config: EvalConfig, inputs: Inputs):
+    """The sampler with the checkpoint's weights, labelled by what tells their files apart."""
+    return make_sampler(
+        config.sampler,
+        Path(config.model),
+        inputs.tokenizer,
+        dtype=config.dtype,
+        longest=config.prompt_tokens + config.sampling.max_tokens,
+        rows=config.sample_rows,
+        seed=config.seed,
+        engine=config.engine,
+        version=weights_id(config.model),
+    )
+
+
+def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> dict[str, Estimate]:
     """Sample, judge and summarise; rank 0 writes summary.json and returns the figures like all."""
     folder = Path("results") / config.name
     if parallel.rank() == 0:
@@ -117,9 +135,6 @@ def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs) -> dict[str, 
         share = max(1, config.client.concurrency // parallel.world_size())
         cache = folder / "judge_cache.jsonl"
         judge = LLMJudge(ChatClient(config.judge, config.client, share, cache))
-    model = load_model(config.model, getattr(torch, config.dtype))
-    sampler = TransformersSampler(model, inputs.tokenizer, config.sample_rows)
-    sampler.weight_version = weights_id(config.model)
     collector = Collector(
         sampler=sampler,
         judge=judge,
@@ -141,7 +156,7 @@ def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs) -> dict[str, 
     steps = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     bar = tqdm(steps, desc=f"evaluating {config.name}", disable=parallel.rank() != 0)
     for step, batch in enumerate(bar, 1):
-        collector.collect(0, step, batch, on_file, path)
+        collector.collect(0, step, batch, on_file, path, sampler.weight_version)
     # Only what this call asked for: other numbers of ranks or rows make other steps.
     asked = {(step, p.id) for step, batch in enumerate(steps, 1) for p in batch}
     answered = sorted(buffer.read(path), key=lambda r: r.key)
@@ -176,9 +191,9 @@ def main() -> None:
         raise SystemExit(
             f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
         ) from None
-    with parallel.process_group():
+    with parallel.process_group(), closing(load_sampler(config, prepared[1])) as sampler:
         try:
-            table = run(config, *prepared)
+            table = run(config, *prepared, sampler)
         except JudgeError as error:
             raise SystemExit(f"error: {error}") from None
         parallel.print0(f"\n{config.name}, judge {config.judge}\n{render(table)}")

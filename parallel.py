@@ -42,7 +42,8 @@ def process_group():
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a vLLM engine ends the group with itself
+            dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -20,9 +20,16 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 import parallel
@@ -108,7 +115,7 @@ class Policy(torch.nn.Module):
         """(Hugging Face name, whole tensor) of each parameter; a tied head has no name of its own.
         Collective: every rank must run the whole iterator, whatever it does with the tensors."""
         for name, parameter in self.model.named_parameters():
-            yield name, parallel.full_tensor(parameter.detach()).to(dtype)
+            yield name, parallel.full_tensor(parameter.detach().to(dtype))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,6 +152,24 @@ def check_model_folder(folder: str | Path, longest: int) -> None:
             f"model {folder} reads {config['max_position_embeddings']} tokens, fewer than "
             f"prompt_tokens + sampling.max_tokens = {longest}; lower one of them"
         )
+
+
+def weight_names(folder: str | Path) -> set[str]:
+    """Names in the folder's safetensors files; old files also hold rotary tables, which are no
+    weights."""
+    names: set[str] = set()
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as f:
+            names |= set(f.keys())
+    return {name for name in names if not name.endswith("rotary_emb.inv_freq")}
+
+
+def generation_config(folder: str | Path) -> GenerationConfig:
+    if (Path(folder) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    )
 
 
 def load_tokenizer(folder: str | Path):

@@ -92,15 +92,16 @@ class Collector:
         batch: Sequence[Prompt],
         on_file: Mapping[tuple, Rollout],
         path: Path,
+        version: str,
     ) -> list[Rollout]:
-        """This rank's rollouts of one step, groups contiguous; those on file are taken from there.
+        """This rank's rollouts of one step, sampled by the weights `version`, groups contiguous;
+        those on file are taken from there.
 
         A sampler with one seed per call samples an incomplete step anew (the same weights give the
         same responses, and the judge's cache the same scores); one with a seed per rollout samples
         what is missing. Collective at its end.
         """
         requests = self.requests(cycle, step, batch)
-        version = self.sampler.weight_version
         done = {key: r for key, r in on_file.items() if r.weight_version == version}
         keys = [(step, q.prompt_id, q.sample) for q in requests]
         missing = [q for q, key in zip(requests, keys, strict=True) if key not in done]
@@ -118,6 +119,10 @@ class Collector:
             )
             with self.clock("sampling"), bar:
                 for sample in self.sampler.sample(missing, self.params):
+                    if sample.weight_version != version:
+                        raise RuntimeError(
+                            f"the sampler has weights {sample.weight_version!r}, not {version!r}"
+                        )
                     judged.append(
                         self.background.submit(self._judge_and_keep(sample, path, cycle, step))
                     )

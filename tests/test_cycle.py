@@ -198,7 +198,8 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
 
     options = {
         "model": run / "checkpoints" / "cycle_02", "data": prompt_file, "name": "after",
-        "judge": "heuristic", "samples": 3, "exclude_window": run, "template": "short",
+        "judge": "heuristic", "sampler": "transformers", "samples": 3, "exclude_window": run,
+        "template": "short",
         "sampling.max_tokens": 120, "prompt_tokens": 700, "sample_rows": 6,
     }  # fmt: skip
     evaluate = [str(ROOT / "evaluate.py")]

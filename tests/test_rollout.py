@@ -66,7 +66,7 @@ def test_well_formed_rollouts_are_judged_and_malformed_ones_are_not(tokenizer, t
     texts = dict.fromkeys(KEYS, GOOD) | {("p0", 1): "It is fine."}
     sampler, judge = FakeSampler(tokenizer, texts), FakeJudge()
     path = tmp_path / "r.jsonl"
-    got = make(tokenizer, sampler, judge).collect(1, 1, PROMPTS, {}, path)
+    got = make(tokenizer, sampler, judge).collect(1, 1, PROMPTS, {}, path, "c1s0")
     assert [(r.prompt_id, r.sample) for r in got] == KEYS  # groups contiguous
     assert judge.seen == ["It is fine."] * 3  # the answer without its block
     assert got[1].reward == -1 and got[1].judge_scores is None and got[1].quality is None
@@ -93,7 +93,9 @@ def test_judging_overlaps_sampling(tokenizer, tmp_path):
         assert k == 0 or judge.first.wait(10)
 
     sampler = FakeSampler(tokenizer, dict.fromkeys(KEYS, GOOD), before=wait_for_the_judge)
-    assert len(make(tokenizer, sampler, judge).collect(1, 1, PROMPTS, {}, tmp_path / "r")) == 4
+    assert (
+        len(make(tokenizer, sampler, judge).collect(1, 1, PROMPTS, {}, tmp_path / "r", "c1s0")) == 4
+    )
 
 
 @pytest.mark.parametrize("seed_per_rollout", [False, True])
@@ -101,22 +103,28 @@ def test_what_is_on_file_is_not_sampled_again(tokenizer, tmp_path, seed_per_roll
     texts = dict.fromkeys(KEYS, GOOD)
     path = tmp_path / "r.jsonl"
     first = make(tokenizer, FakeSampler(tokenizer, texts), FakeJudge())
-    got = first.collect(1, 1, PROMPTS, {}, path)
+    got = first.collect(1, 1, PROMPTS, {}, path, "c1s0")
     on_file = {r.key: r for r in got}
 
     sampler, judge = FakeSampler(tokenizer, texts, seed_per_rollout), FakeJudge()
     collector = make(tokenizer, sampler, judge)
-    assert collector.collect(1, 1, PROMPTS, on_file, path) == got
+    assert collector.collect(1, 1, PROMPTS, on_file, path, "c1s0") == got
     assert sampler.asked == [[]] and judge.seen == []
 
     # An incomplete step: one seed for all samples all anew, a seed each only what is missing.
     del on_file[1, "p1", 0]
-    collector.collect(1, 1, PROMPTS, on_file, path)
+    collector.collect(1, 1, PROMPTS, on_file, path, "c1s0")
     assert sampler.asked[-1] == ([("p1", 0)] if seed_per_rollout else KEYS)
     # Rollouts of other weights do not count.
     sampler.weight_version = "c1s1"
-    collector.collect(1, 1, PROMPTS, {r.key: r for r in got}, path)
+    collector.collect(1, 1, PROMPTS, {r.key: r for r in got}, path, "c1s1")
     assert sampler.asked[-1] == KEYS
+
+
+def test_a_sampler_with_older_weights_is_an_error(tokenizer, tmp_path):
+    sampler = FakeSampler(tokenizer, dict.fromkeys(KEYS, GOOD))
+    with pytest.raises(RuntimeError, match="weights 'c1s0', not 'c1s1'"):
+        make(tokenizer, sampler, FakeJudge()).collect(1, 2, PROMPTS, {}, tmp_path / "r", "c1s1")
 
 
 def test_seeds_are_one_per_call_or_one_per_rollout(tokenizer):
@@ -137,7 +145,7 @@ def test_a_judge_that_fails_for_good_stops_the_step_and_keeps_the_rest(tokenizer
     path = tmp_path / "r.jsonl"
     with pytest.raises(JudgeError, match="out of money"):
         make(tokenizer, FakeSampler(tokenizer, texts), FakeJudge(scores)).collect(
-            1, 1, PROMPTS, {}, path
+            1, 1, PROMPTS, {}, path, "c1s0"
         )
     kept = buffer.read(path)
     assert len(kept) == 3 and all(r.judge_scores == JUDGED for r in kept)
