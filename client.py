@@ -54,6 +54,10 @@ class ClientConfig:
     refuse it."""
     max_tokens: int = 128
     """Longest reply in tokens, sent as max_completion_tokens (authors' configuration)."""
+    price_in: float = 2.5
+    """US dollars per million input tokens, for --dry_run's estimate (list price of gpt-5.4)."""
+    price_out: float = 15.0
+    """US dollars per million output tokens, likewise."""
 
 
 def check_environment() -> None:

@@ -1,241 +1,65 @@
 """The SEE cycle (Algorithm 1, Sec. 3.3): Calibration-Coupled RL, then Masked Judge Distillation.
 
-The paper's run (needs CUDA), a small run on CPU, and every option with its place in the paper:
+The paper's run (needs CUDA), what it would do, its baseline, and a small run on CPU:
 
     torchrun --nproc_per_node 4 cycle.py --cycles 15
+    torchrun --nproc_per_node 4 cycle.py --cycles 15 --dry_run
+    torchrun --nproc_per_node 4 cycle.py --preset rlcr
     torchrun --nproc_per_node 2 cycle.py --preset small --model DIR --data FILE
-    python cycle.py --help
 
-The same command run again goes on where a killed run stopped. Weights come from `state/` (fp32
-shards); steps since then whose rollouts are on file are trained again without sampling or judging.
+The options stand in presets.py, the checks before a run in plan.py. The same command run again goes
+on where a killed run stopped. Weights come from `state/` (fp32 shards); steps since then whose
+rollouts are on file are trained again without sampling or judging.
 
 Where the paper leaves a choice:
-1. The window of prompts is `sorted(random.Random(seed).sample(range(n), size))` over the prompts
-   that fit the prompt limit; its order in cycle c is a permutation by seed + c.
-2. The KL reference is the policy at the start of the cycle, as in the authors' scripts, which start
+1. The KL reference is the policy at the start of the cycle, as in the authors' scripts, which start
    each phase afresh from the last checkpoint. `--reference base` keeps the base model instead.
-3. Each phase starts with a fresh optimiser, as in the authors' scripts.
+2. Each phase starts with a fresh optimiser, as in the authors' scripts.
 """
 
-import argparse
 import dataclasses
 import json
 import os
-import random
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import buffer
 import parallel
-from client import Background, ChatClient, ClientConfig, JudgeError, check_environment
-from data import Prompt
+from client import Background, ChatClient, JudgeError
 from files import append_line, write_text
-from grpo import GRPOConfig, make_optimizer, rl_step
+from grpo import make_optimizer, response_row, rl_step
 from judge import HeuristicJudge, LLMJudge
-from logbook import Clock, check_same_config, open_folder, read_metrics, trim_metrics
-from policy import PolicyConfig, export, load_policy
-from reward import RewardConfig
-from rollout import Collector, Inputs, figures, in_buffer, read_inputs
-from sampler import EngineConfig, SamplingParams, choose, make_sampler
-from sft_masked import SFTConfig, distil
+from logbook import Clock, coloured, open_folder, open_wandb, read_metrics, trim_metrics
+from plan import Setup, describe, look, prepare, step_batches
+from policy import Row, export, load_policy
+from presets import Config, parse
+from rollout import Collector, figures, in_buffer
+from sampler import choose, make_sampler
+from sft_masked import distil, distillation_row
 
-
-@dataclass(frozen=True)
-class Config:
-    """Self-Evaluation Elicitation. Defaults are the paper's (Table 5)."""
-
-    preset: Literal["paper", "small"] = "paper"
-    """paper: the paper's run. small: a 135M model on CPU with the offline heuristic judge."""
-    name: str = "see"
-    """The run's folder is runs/NAME."""
-    model: str = "Qwen/Qwen3-4B-Base"
-    """Base model: a local Hugging Face folder with safetensors (App. E)."""
-    data: str = "nvidia/HelpSteer2"
-    """Training prompts: a local file, see data.py for its kinds (App. E: HelpSteer2 train)."""
-    judge: str = "gpt-5.4"
-    """Model name at an OpenAI-compatible endpoint (Sec. 4.1), or "heuristic", an offline
-    stand-in."""
-    use_references: bool = True
-    """Show the judge reference responses with human labels where the data has them (App. B.3)."""
-    cycles: int = 15
-    """C, cycles of both phases (Sec. 4.1)."""
-    window: int = 160
-    """Unique prompts, drawn once by seed and reused in every cycle (App. E)."""
-    batch: int = 16
-    """B_RL, prompts per RL step over all ranks (Table 5)."""
-    epochs: int = 1
-    """Passes over the window per cycle."""
-    rl_steps: int = 10
-    """K, RL steps per cycle (Table 5); must be epochs x floor(window / batch)."""
-    rollouts: int = 8
-    """Rollouts per prompt, the GRPO group (Table 5)."""
-    prompt_tokens: int = 4096
-    """Longest prompt, template included, in tokens (Table 5); longer ones are dropped before the
-    draw."""
-    template: Literal["paper", "short"] = "paper"
-    """Generation template: the paper's (App. B.1), or a short one for small models and contexts."""
-    few_shot: Literal["paper-like", "varied"] = "paper-like"
-    """Few-shot examples: scored like the authors', or with scores spread over the range (a control
-    for priming)."""
-    reference: Literal["cycle", "base"] = "cycle"
-    """KL reference: the policy at the start of the cycle, or the base model."""
-    distil: bool = True
-    """Phase 2 after each phase 1; without it the run is GRPO alone, as Adapted RLCR (Sec. 4.1,
-    Baseline)."""
-    seed: int = 42
-    """Seed of window, orders, sampling and selection."""
-    save_every: int = 0
-    """RL steps between states within a phase, with optimiser; 0: at phase ends only."""
-    sampler: Literal["auto", "vllm", "transformers"] = "auto"
-    """What samples: vllm where it is installed (auto), or the plain loop."""
-    sample_rows: int = 64
-    """Rollouts that are sampled at once per rank."""
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    client: ClientConfig = field(default_factory=ClientConfig)
-
-
-# Not in the paper: sizes and learning rates for SmolLM2-135M on two CPU cores. The paper's rates
-# (1e-6, 2e-6) move a model of this size by next to nothing in 15 steps.
-SMALL = Config(
-    preset="small",
-    model="models/smollm2-135m",
-    data="prompts.jsonl",
-    judge="heuristic",
-    cycles=3,
-    window=40,
-    batch=8,
-    rl_steps=5,
-    rollouts=4,
-    prompt_tokens=600,
-    template="short",
-    sampling=SamplingParams(max_tokens=160),
-    grpo=GRPOConfig(lr=5e-5),
-    sft=SFTConfig(lr=1e-4),
-    policy=PolicyConfig(micro_batch_tokens=2048, gradient_checkpointing=False),
-)
-PRESETS = {"paper": Config(), "small": SMALL}
 # Not in the paper: nats per token; two bf16 forwards of the same weights differ by about 0.02.
 GAP_ALARM = 0.1
-MAY_CHANGE = {"cycles", "save_every", "client"}  # between a run and its continuation
-
-
-def parse(args: list[str]) -> Config:
-    """Command line -> Config; `--preset` decides the defaults of the rest."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="paper")
-    default = PRESETS[first.parse_known_args(args)[0].preset]
-    return tyro.cli(Config, default=default, args=args, description=__doc__)
-
-
-# --------------------------------------------------------------------------------------------------
-# Everything that can be wrong is found before a model is loaded
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is known before the model is loaded."""
-
-    folder: Path
-    window: list[Prompt]
-    inputs: Inputs
-
-
-def prepare(config: Config) -> Setup:
-    """Check configuration, machine, model folder, data and run folder. Raises ValueError or
-    JudgeError."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("cycles", "window", "batch", "epochs", "rl_steps", "sample_rows"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.rollouts < 2:
-        raise ValueError("rollouts must be at least 2: an advantage compares a prompt's rollouts")
-    if config.preset == "paper" and not torch.cuda.is_available():
-        raise ValueError(
-            "preset paper trains a 4B model with 12,288-token rows and needs CUDA GPUs (the "
-            "paper: 4 x 96 GB); this machine has none. What runs here: --preset small --model "
-            "DIR --data FILE"
-        )
-    if config.rl_steps != config.epochs * (config.window // config.batch):
-        raise ValueError(
-            f"rl_steps {config.rl_steps} does not fit: {config.epochs} epoch(s) of a window of "
-            f"{config.window} in batches of {config.batch} are "
-            f"{config.epochs * (config.window // config.batch)} steps"
-        )
-    if config.batch % ranks:
-        raise ValueError(
-            f"batch {config.batch} cannot be shared evenly by {ranks} ranks; choose a multiple "
-            f"of {ranks}"
-        )
-    if config.sampling.temperature <= 0:
-        raise ValueError(
-            "sampling.temperature must be above 0 in training: the loss divides logits by it"
-        )
-    if config.judge != "heuristic":
-        check_environment()
-
-    inputs = read_inputs(config)
-    fitting = inputs.prompts
-    if config.window > len(fitting):
-        raise ValueError(
-            f"{config.data}: a window of {config.window} prompts is asked for, but the file has "
-            f"{len(fitting) + inputs.too_long} unique prompts, {len(fitting)} of them within "
-            f"{config.prompt_tokens} tokens; lower --window or give more data"
-        )
-    chosen = sorted(random.Random(config.seed).sample(range(len(fitting)), config.window))
-    window = [fitting[i] for i in chosen]
-    folder = Path("runs") / config.name
-    check_same_config(folder, config, MAY_CHANGE)
-    known = folder / "window.json"
-    if known.exists() and json.loads(known.read_text()) != [p.id for p in window]:
-        raise ValueError(
-            f"{folder} holds a run on other prompts: {config.data} has changed; choose another "
-            "--name"
-        )
-    return Setup(folder, window, inputs)
-
-
-def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[Prompt]]:
-    """The prompts of each RL step of a cycle (choice 1); an incomplete last batch
-    is dropped."""
-    rng = random.Random(config.seed + cycle)
-    batches = []
-    for _ in range(config.epochs):
-        order = rng.sample(window, len(window))
-        batches += [
-            order[i : i + config.batch]
-            for i in range(0, len(order) - config.batch + 1, config.batch)
-        ]
-    return batches
-
-
-# --------------------------------------------------------------------------------------------------
-# The cycle
 
 
 def main(config: Config | None = None) -> None:
     """Run SEE. `config` None: from the command line."""
-    config = config or parse(sys.argv[1:])
+    config = config or parse(sys.argv[1:], __doc__)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         config = dataclasses.replace(config, sampler=choose(config.sampler))
+        if config.dry_run:
+            plan = describe(config, look(config))
+            return print(plan) if first else None
         setup = prepare(config)
     except (ValueError, JudgeError) as error:
-        raise SystemExit(
-            f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
-        ) from None
+        raise SystemExit(f"error: {error}" if first else 1) from None
     with parallel.process_group(), closing(Run(config, setup)) as run:
         try:
             run.train()
@@ -253,7 +77,7 @@ class Run:
         with self.clock("loading"):
             self.sampler = make_sampler(  # first: vLLM measures free memory
                 config.sampler,
-                Path(config.model),
+                setup.inputs.model,
                 setup.inputs.tokenizer,
                 dtype=config.policy.dtype,
                 longest=config.prompt_tokens + config.sampling.max_tokens,
@@ -261,8 +85,8 @@ class Run:
                 seed=config.seed,
                 engine=config.engine,
             )
-            self.policy = load_policy(config.model, config.policy)
-            self.reference = load_policy(config.model, config.policy, trainable=False)
+            self.policy = load_policy(setup.inputs.model, config.policy)
+            self.reference = load_policy(setup.inputs.model, config.policy, trainable=False)
         self.names = {p: name for name, p in self.policy.named_parameters()}
         self.collector = Collector(
             sampler=self.sampler,
@@ -281,6 +105,8 @@ class Run:
 
     def close(self) -> None:
         self.sampler.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def train(self) -> None:
         """Algorithm 1. Lines 7-18 are in rollout.py, line 16 (Eq. 1) in reward.py."""
@@ -298,6 +124,7 @@ class Run:
                     cycle, step, batches[step - 1], on_file, self._rollout_file(cycle), version
                 )
                 self.sampler.rest()
+                self._show(step == done + 1, [response_row(r) for r in rollouts])
                 update = self._rl_step(optimizer, rollouts)  # lines 6, 19
                 self._log(cycle, "rl", step, figures(rollouts) | update)
                 self._save_in_phase_1(cycle, step, optimizer)
@@ -318,7 +145,7 @@ class Run:
     # Phase 1
 
     def _begin_phase_1(self) -> torch.optim.AdamW:
-        """A fresh optimiser; the KL reference becomes the policy as it is now (choice 2)."""
+        """A fresh optimiser; the KL reference becomes the policy as it is now (choice 1)."""
         if self.config.reference == "cycle":
             parallel.copy_shards(self.policy, self.reference)
         return make_optimizer(self.policy, self.config.grpo)
@@ -356,6 +183,7 @@ class Run:
         if step == self.config.rl_steps:
             self._save(cycle, step, None)
         elif every and step % every == 0:
+            self._export(f"cycle_{cycle:02d}_step_{step:05d}")
             self._save(cycle, step, optimizer)
 
     # Phase 2
@@ -371,9 +199,11 @@ class Run:
         return [buffered[i] for i in chosen]
 
     def _distil(self, selected: list[buffer.Rollout], cycle: int) -> Iterator[dict]:
+        tokenizer = self.setup.inputs.tokenizer
+        self._show(bool(selected), [distillation_row(r, tokenizer) for r in selected[:1]])
         updates = distil(
             self.policy,
-            self.setup.inputs.tokenizer,
+            tokenizer,
             selected,
             self.config.sft,
             self.config.policy.micro_batch_tokens,
@@ -388,9 +218,7 @@ class Run:
 
     def _end_cycle(self, cycle: int, buffered: int, selected: int) -> None:
         """Export, one line of means over the window, and the state that the next cycle needs."""
-        with self.clock("saving"):
-            checkpoint = self.folder / "checkpoints" / f"cycle_{cycle:02d}"
-            export(self.policy, self.setup.inputs.tokenizer, checkpoint)
+        self._export(f"cycle_{cycle:02d}")
         lines = [m for m in read_metrics(self.folder) if (m["cycle"], m["phase"]) == (cycle, "rl")]
         means = {}
         for name in ("reward", "well_formed", "quality", "calibration", "mae"):
@@ -400,6 +228,17 @@ class Run:
         parallel.print0(f"cycle {cycle}: {shown}; {selected} of {buffered} rollouts distilled")
         self._log(cycle, "cycle", 0, means | {"buffered": buffered, "selected": selected})
         self._save(cycle + 1, 0, None)
+
+    def _export(self, name: str) -> None:
+        """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
+        checkpoints = self.folder / "checkpoints"
+        with self.clock("saving"):
+            export(self.policy, self.setup.inputs.tokenizer, checkpoints / name)
+        if self.config.keep_checkpoints and parallel.rank() == 0:
+            # "~" sorts after "_": a cycle's last checkpoint is newer than those of its steps.
+            oldest_first = sorted(checkpoints.glob("cycle_*"), key=lambda p: p.name + "~")
+            for old in oldest_first[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
 
     # Judge, progress, log
 
@@ -413,6 +252,11 @@ class Run:
     def _progress(self, items, label: str):
         return tqdm(items, desc=f"{label} ({self.config.name})", disable=parallel.rank() != 0)
 
+    def _show(self, wanted: bool, rows: list[Row]) -> None:
+        """With --show_batch: what the loss sees of the first row of a phase."""
+        if wanted and self.config.show_batch and rows:
+            parallel.print0(coloured(rows[0].ids, rows[0].mask, self.setup.inputs.tokenizer))
+
     def _log(self, cycle: int, phase: str, step: int, values: dict) -> None:
         steps = step if phase in ("rl", "setup") else self.config.rl_steps
         passes = ((cycle - 1) * self.config.rl_steps + steps) * self.config.batch
@@ -420,6 +264,8 @@ class Run:
         line |= values | {"seconds": self.clock.lap()}
         if parallel.rank() == 0:
             append_line(self.folder / "metrics.jsonl", line)
+        if self.wandb:
+            self.wandb.log(line)
 
     # Files: the run's folder, state, resume
 
@@ -427,8 +273,11 @@ class Run:
         return self.folder / "rollouts" / f"cycle_{cycle:02d}.jsonl"
 
     def _open_folder(self) -> None:
+        self.wandb = None
         if parallel.rank() == 0:
             open_folder(self.folder, self.config)
+            if self.config.wandb:
+                self.wandb = open_wandb(self.folder, self.config)
             (self.folder / "rollouts").mkdir(exist_ok=True)
             write_text(self.folder / "window.json", json.dumps([p.id for p in self.setup.window]))
             if self.setup.inputs.too_long:

@@ -6,11 +6,13 @@ The kind of a file is told by the fields of its first row:
     (labels 0-4)
     Arena-Hard    uid, prompt (v2.0)
     AlpacaEval    instruction
+    WildBench     session_id, conversation_input (v2: multi-turn)
     plain         prompt, or conversation (a list of {"role", "content"} turns); id if there is one
 
-A file is JSONL, JSONL.gz, or one JSON list. HelpSteer2 rows with the same prompt become one Prompt,
-whose reference responses carry the human labels doubled to the 0-9 scale (App. B.3). Of the other
-kinds, a repeated prompt is kept once. Errors name the file and the line (the row, in a JSON list).
+A file is JSONL, JSONL.gz, one JSON list, or parquet. HelpSteer2 rows with the same prompt become
+one Prompt, whose reference responses carry the human labels doubled to the 0-9 scale (App. B.3). Of
+the other kinds, a repeated prompt is kept once. Errors name the file and the line (the row, in a
+JSON list or parquet).
 """
 
 import gzip
@@ -21,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import pyarrow.parquet
 
 from prompts import ATTRIBUTES, Scores, Turn
 
@@ -50,7 +54,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         raise DataError(
             f"{path}: no such file; give a JSONL file of prompts with --data (its kinds: see "
-            "data.py)"
+            "data.py), or a hub id (see hub.py)"
         )
     found: dict[str, Prompt] = {}
     kind = None
@@ -73,6 +77,13 @@ def load_prompts(path: str | Path) -> list[Prompt]:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     """("file:line", row) for each row."""
+    if path.suffix == ".parquet":
+        try:
+            for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+                yield f"{path}:{number}", row
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DataError(f"{path}: cannot be read as parquet ({error})") from error
+        return
     try:
         text = (
             gzip.decompress(path.read_bytes()).decode()
@@ -115,10 +126,12 @@ def _kind(where: str, row: dict) -> str:
         return "arena_hard"
     if "instruction" in row:
         return "alpaca_eval"
+    if "conversation_input" in row:
+        return "wildbench"
     if "prompt" in row or "conversation" in row:
         return "plain"
     raise DataError(
-        f"{where}: no field prompt, conversation or instruction; fields found: "
+        f"{where}: no field prompt, conversation, conversation_input or instruction; fields found: "
         f"{', '.join(row) or 'none'}"
     )
 
@@ -175,20 +188,13 @@ def _alpaca_eval(where: str, row: dict) -> Prompt:
     return Prompt(_hash(conversation), conversation)
 
 
+def _wildbench(where: str, row: dict) -> Prompt:
+    return Prompt(_text(where, row, "session_id"), _turns(where, row, "conversation_input"))
+
+
 def _plain(where: str, row: dict) -> Prompt:
     if "conversation" in row:
-        turns = row["conversation"]
-        good = isinstance(turns, list) and all(
-            isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str)
-            for t in turns
-        )
-        if not good or not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
-            raise DataError(
-                f"{where}: conversation must be a list of "
-                f"{{'role': user|assistant|system, 'content': text}} turns that ends with the "
-                "user's"
-            )
-        conversation = tuple({"role": t["role"], "content": t["content"]} for t in turns)
+        conversation = _turns(where, row, "conversation")
     else:
         conversation = _single(_text(where, row, "prompt"))
     return Prompt(
@@ -196,9 +202,25 @@ def _plain(where: str, row: dict) -> Prompt:
     )
 
 
+def _turns(where: str, row: dict, field: str) -> tuple[Turn, ...]:
+    """A list of turns; their fields beside role and content are left out."""
+    turns = row[field]
+    good = isinstance(turns, list) and all(
+        isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str)
+        for t in turns
+    )
+    if not good or not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+        raise DataError(
+            f"{where}: {field} must be a list of turns {{'role': user|assistant|system, "
+            f"'content': text}} that ends with the user's"
+        )
+    return tuple({"role": t["role"], "content": t["content"]} for t in turns)
+
+
 KINDS = {
     "helpsteer2": _helpsteer2,
     "arena_hard": _arena_hard,
     "alpaca_eval": _alpaca_eval,
+    "wildbench": _wildbench,
     "plain": _plain,
 }

@@ -8,6 +8,7 @@ prompts. The same command run again goes on where it stopped. Under torchrun the
 by the ranks.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ import parallel
 from client import Background, ChatClient, ClientConfig, JudgeError, check_environment
 from data import Prompt
 from files import write_text
+from hub import fetch_weights
 from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, check_same_config, open_folder
 from metrics import Estimate, summarise
@@ -39,9 +41,9 @@ class EvalConfig:
     """Evaluate a checkpoint: n samples per prompt, judged, with standard errors."""
 
     model: str
-    """Local Hugging Face folder: a run's checkpoint, or the base model."""
+    """Hugging Face folder: a run's checkpoint, or the base model; or a hub id."""
     data: str
-    """Prompt file, see data.py for its kinds."""
+    """Prompt file, see data.py for its kinds; or a hub id, see hub.py."""
     name: str
     """Results go to results/NAME."""
     judge: str = "gpt-5.4"
@@ -79,7 +81,6 @@ def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
     """The prompts to answer, and all that was read. Raises ValueError or JudgeError."""
     if config.judge != "heuristic":
         check_environment()
-    choose(config.sampler)
     inputs = read_inputs(config)
     prompts = inputs.prompts
     if config.exclude_window:
@@ -97,14 +98,13 @@ def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
         chosen = random.Random(config.seed).sample(range(len(prompts)), config.limit)
         prompts = [prompts[i] for i in sorted(chosen)]
     check_same_config(Path("results") / config.name, config, {"sample_rows", "client"})
+    fetch_weights(config.model)
     return prompts, inputs
 
 
-def weights_id(folder: str) -> str:
+def weights_id(folder: Path) -> str:
     """Changes when the weight files change, so that answers of other weights are not taken over."""
-    stats = [
-        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).glob("*.safetensors")
-    ]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors")]
     return hashlib.blake2b(repr(sorted(stats)).encode(), digest_size=8).hexdigest()
 
 
@@ -112,14 +112,14 @@ def load_sampler(config: EvalConfig, inputs: Inputs):
     """The sampler with the checkpoint's weights, labelled by what tells their files apart."""
     return make_sampler(
         config.sampler,
-        Path(config.model),
+        inputs.model,
         inputs.tokenizer,
         dtype=config.dtype,
         longest=config.prompt_tokens + config.sampling.max_tokens,
         rows=config.sample_rows,
         seed=config.seed,
         engine=config.engine,
-        version=weights_id(config.model),
+        version=weights_id(inputs.model),
     )
 
 
@@ -186,6 +186,7 @@ def render(table: dict[str, Estimate]) -> str:
 def main() -> None:
     config = tyro.cli(EvalConfig, description=__doc__)
     try:
+        config = dataclasses.replace(config, sampler=choose(config.sampler))
         prepared = prepare(config)
     except (ValueError, JudgeError) as error:
         raise SystemExit(

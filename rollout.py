@@ -19,6 +19,7 @@ import reward
 from buffer import Rollout
 from client import Background, JudgeError
 from data import Prompt, load_prompts
+from hub import data_file, model_folder
 from logbook import Clock
 from policy import check_model_folder, load_tokenizer
 from prompts import check_tokenizer, parse_self_eval, prompt_ids, score_positions, stray
@@ -29,6 +30,7 @@ from sampler import Request, Sample, SamplingParams, seed_of
 class Inputs(NamedTuple):
     """What a command is given, read and checked before weights are loaded."""
 
+    model: Path  # the model's local folder
     tokenizer: object
     prompts: list[Prompt]  # those within the prompt limit, in file order
     prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the whole policy prompt
@@ -37,17 +39,18 @@ class Inputs(NamedTuple):
 
 def read_inputs(config) -> Inputs:
     """Check the model folder and its tokenizer, read and tokenise the prompts (`config` is cycle's
-    or evaluate's). Raises ValueError."""
-    check_model_folder(config.model, config.prompt_tokens + config.sampling.max_tokens)
-    prompts = load_prompts(config.data)
-    tokenizer = load_tokenizer(config.model)
+    or evaluate's). A hub model's weights are not fetched yet. Raises ValueError."""
+    model = model_folder(config.model)
+    check_model_folder(model, config.prompt_tokens + config.sampling.max_tokens)
+    prompts = load_prompts(data_file(config.data))
+    tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer)
     ids = {
         p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
         for p in prompts
     }
     fitting = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
-    return Inputs(tokenizer, fitting, ids, len(prompts) - len(fitting))
+    return Inputs(model, tokenizer, fitting, ids, len(prompts) - len(fitting))
 
 
 @dataclass

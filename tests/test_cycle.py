@@ -1,10 +1,8 @@
 """Whole runs of a tiny model: .venv/bin/python -m pytest tests/test_cycle.py"""
 
-import dataclasses
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -12,128 +10,12 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import REQUESTS, ROOT, finish, free_port, make_tokenizer, small_args, start_ranks
+from conftest import ROOT, finish, free_port, small_args, start_ranks
 from transformers import AutoModelForCausalLM
 
 import buffer
-import cycle
 import prompts
-from cycle import PRESETS, parse, prepare, step_batches
 from logbook import Clock, read_metrics
-
-# --------------------------------------------------------------------------------------------------
-# Configuration and bad input
-
-
-def test_the_paper_preset_is_the_papers():
-    c = parse([])
-    assert c == PRESETS["paper"] and c.preset == "paper"
-    assert (c.cycles, c.window, c.rl_steps, c.batch, c.rollouts) == (15, 160, 10, 16, 8)
-    assert c.cycles * c.window == 2400  # sample-passes
-    assert (c.grpo.lr, c.grpo.kl_coef, c.grpo.entropy_coef, c.grpo.clip) == (1e-6, 0.01, 0.001, 0.2)
-    assert (c.grpo.betas, c.grpo.weight_decay, c.grpo.grad_clip) == ((0.9, 0.999), 0.01, 1.0)
-    assert (c.sft.max_samples, c.sft.per_prompt_limit, c.sft.batch, c.sft.lr) == (400, 4, 32, 2e-6)
-    assert (c.sft.warmup, c.sft.weight_decay, c.sft.grad_clip) == (0.03, 0.0, 1.0)
-    s = c.sampling
-    assert (s.temperature, s.top_p, s.top_k, s.max_tokens, c.prompt_tokens) == (
-        0.8,
-        0.9,
-        25,
-        8192,
-        4096,
-    )
-    assert dataclasses.astuple(c.reward) == (0.7, 0.3, 2.0, -1.0)
-    assert (c.model, c.judge, c.seed, c.reference) == ("Qwen/Qwen3-4B-Base", "gpt-5.4", 42, "cycle")
-    assert (c.client.tries, c.client.timeout, c.client.concurrency) == (8, 90.0, 24)
-    assert parse(["--cycles", "15"]) == c
-    assert parse(["--preset=small", "--grpo.loss_mean", "token"]).template == "short"
-
-
-@pytest.fixture
-def tiny(tmp_path, random_folder, prompt_file, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = small_args(random_folder(), prompt_file)[1:]
-
-    def config(**changes):
-        return dataclasses.replace(parse(args), **changes)
-
-    return config
-
-
-def test_a_good_configuration_is_prepared(tiny):
-    setup = prepare(tiny())
-    window = [p.conversation[0]["content"] for p in setup.window]
-    drawn = sorted(random.Random(42).sample(range(12), 8))
-    assert window == [REQUESTS[i] for i in drawn] and setup.inputs.too_long == 0
-
-
-def test_long_prompts_are_left_out_before_the_draw(tiny, tmp_path, tokenizer):
-    data = tmp_path / "d.jsonl"
-    rows = [{"prompt": "long " * 300}] + [{"prompt": r} for r in REQUESTS[:8]]
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    setup = prepare(tiny(data=str(data)))
-    assert setup.inputs.too_long == 1 and len(setup.window) == 8
-
-
-BAD = {
-    "no file": ({"data": "none.jsonl"}, "none.jsonl: no such file"),
-    "window": ({"window": 16, "rl_steps": 4}, "window of 16 .* 12 unique prompts"),
-    "steps": ({"rl_steps": 3}, r"rl_steps 3 .* 1 epoch.* window of 8 .* batches of 4 are 2 steps"),
-    "model": ({"model": "none"}, "model none: no such folder"),
-    "context": ({"prompt_tokens": 4096}, "reads 1024 tokens, fewer than prompt_tokens .* = 4216"),
-    "rollouts": ({"rollouts": 1}, "rollouts must be at least 2"),
-    "cycles": ({"cycles": 0}, "cycles must be at least 1"),
-    "key": ({"judge": "gpt-5.4"}, "OPENAI_API_KEY"),
-    "paper": ({"preset": "paper"}, "needs CUDA .* --preset small"),
-}
-
-
-@pytest.mark.parametrize(("changes", "says"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence_before_any_model_is_loaded(tiny, monkeypatch, changes, says):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(cycle, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
-    if changes.get("preset") == "paper" and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    with pytest.raises(SystemExit, match=f"error: .*{says}") as caught:
-        cycle.main(tiny(**changes))
-    assert "\n" not in str(caught.value)
-
-
-def test_uneven_ranks_are_refused(tiny, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="batch 4 cannot be shared evenly by 3 ranks"):
-        prepare(tiny())
-
-
-def test_a_tokenizer_without_single_digits_is_refused(tiny, tmp_path, random_folder):
-    folder = tmp_path / "merged"
-    shutil.copytree(random_folder(), folder)
-    make_tokenizer("merged").save_pretrained(folder)
-    with pytest.raises(ValueError, match="tokenizer .*merged: .*one token"):
-        prepare(tiny(model=str(folder)))
-
-
-def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
-    folder = tmp_path / "runs" / "tiny"
-    folder.mkdir(parents=True)
-    setup = prepare(tiny())
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(tiny())))
-    (folder / "window.json").write_text(json.dumps([p.id for p in setup.window]))
-    prepare(tiny(cycles=9))  # more cycles go on with a run
-    with pytest.raises(ValueError, match="another configuration .*rollouts, seed.*--name"):
-        prepare(tiny(seed=7, rollouts=8))
-    (folder / "window.json").write_text("[]")
-    with pytest.raises(ValueError, match="other prompts"):
-        prepare(tiny())
-
-
-def test_batches_are_a_permutation_by_cycle(tiny):
-    window = prepare(tiny()).window
-    config = tiny(batch=3, epochs=2, rl_steps=4)
-    batches = step_batches(config, window, cycle=2)
-    assert [len(b) for b in batches] == [3] * 4  # the two prompts left over are dropped
-    assert len({p.id for b in batches[:2] for p in b}) == 6
-    assert batches == step_batches(config, window, 2) != step_batches(config, window, 3)
 
 
 def test_the_clock_adds_up():
@@ -146,10 +28,6 @@ def test_the_clock_adds_up():
     assert set(lap) == {"a", "other", "wall"} and lap["a"] >= 0.01
     assert lap["a"] + lap["other"] == pytest.approx(lap["wall"], abs=2e-3)
     assert set(clock.lap()) == {"other", "wall"}
-
-
-# --------------------------------------------------------------------------------------------------
-# Runs
 
 
 def weights(run) -> bytes:

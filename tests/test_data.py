@@ -6,6 +6,7 @@ fixtures/helpsteer2.jsonl is written by hand: 12 rows of 8 prompts in HelpSteer2
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from data import DataError, load_prompts
@@ -66,6 +67,31 @@ def test_other_kinds(tmp_path):
     )
     assert many.id == "7" and list(many.conversation) == turns
     assert one.conversation[0]["content"] == "d\u2028e"
+
+
+def test_wildbench_parquet(tmp_path):
+    """Rows as on the hub: turns with more fields than role and content."""
+    turns = [{"role": "user", "content": "a", "language": "English", "toxic": False},
+             {"role": "assistant", "content": "b", "language": "English", "toxic": False},
+             {"role": "user", "content": "c", "language": "English", "toxic": False}]  # fmt: skip
+    rows = [
+        {"id": k, "session_id": f"s{k}", "conversation_input": turns[2 * k :], "intent": "i",
+         "references": {"gpt-4": "r"}, "checklist": ["x"]}
+        for k in (0, 1)
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "w.parquet")
+    many, one = load_prompts(tmp_path / "w.parquet")
+    assert (many.id, one.id) == ("s0", "s1")
+    assert many.conversation == tuple({k: t[k] for k in ("role", "content")} for t in turns)
+    assert many.references == () and one.conversation == many.conversation[2:]
+
+    rows[1]["conversation_input"] = turns[:2]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "w.parquet")
+    with pytest.raises(DataError, match=r"w.parquet:2: conversation_input must be a list of turns"):
+        load_prompts(tmp_path / "w.parquet")
+    (tmp_path / "x.parquet").write_text("PAR0")
+    with pytest.raises(DataError, match=r"x.parquet: cannot be read as parquet"):
+        load_prompts(tmp_path / "x.parquet")
 
 
 HELP = {"prompt": "p", "response": "r", "helpfulness": 4, "correctness": 4, "coherence": 4,

@@ -8,15 +8,17 @@ import pytest
 from conftest import ROOT
 
 # Imports go down this list only (README, Design).
-ORDER = """cycle evaluate rollout grpo sft_masked sampler policy judge client metrics data reward
-buffer logbook parallel files prompts""".split()
+ORDER = """cycle evaluate plan presets rollout grpo sft_masked sampler policy judge client metrics
+data hub reward buffer logbook parallel files prompts""".split()
 ONLY_IN = {
     "torch.distributed": "parallel",
     "vllm": "sampler",
     "openai": "client",
     "httpx": "client",
+    "huggingface_hub": "hub",
+    "wandb": "logbook",
 }
-NO_TORCH = {"prompts", "reward", "buffer", "metrics", "data", "files", "judge", "client"}
+NO_TORCH = {"prompts", "reward", "buffer", "metrics", "data", "hub", "files", "judge", "client"}
 
 
 def imports(module: str) -> set[str]:

@@ -142,16 +142,10 @@ def test_export_loads_as_it_is(random_folder, tokenizer, tmp_path, kind, tied):
 
 
 def test_unusable_model_folders_are_named(tmp_path, random_folder):
-    with pytest.raises(ValueError, match="Qwen/Nothing: no such folder"):
-        check_model_folder("Qwen/Nothing", 9)
     with pytest.raises(ValueError, match=r"no config.json"):
         check_model_folder(tmp_path, 9)
     (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
     with pytest.raises(ValueError, match="type 'gemma2' is not supported"):
-        check_model_folder(tmp_path, 9)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "pytorch_model.bin").write_text("")
-    with pytest.raises(ValueError, match="no .*safetensors"):
         check_model_folder(tmp_path, 9)
     check_model_folder(random_folder(), 1024)
     with pytest.raises(ValueError, match="reads 1024 tokens, fewer than .* = 1025"):

@@ -1,0 +1,229 @@
+"""Presets, checks, dry run: .venv/bin/python -m pytest tests/test_plan.py"""
+
+import dataclasses
+import json
+import random
+import shutil
+
+import pytest
+from conftest import REQUESTS, make_tokenizer, small_args
+
+import cycle
+import plan
+from plan import check_options, describe, disk, look, memory, prepare, step_batches
+from policy import PolicyConfig
+from presets import PRESETS, Config, parse
+
+
+def test_the_paper_preset_is_the_papers():
+    c = parse([])
+    assert c == PRESETS["paper"] and c.preset == "paper"
+    assert (c.cycles, c.window, c.rl_steps, c.batch, c.rollouts) == (15, 160, 10, 16, 8)
+    assert c.cycles * c.window == 2400  # sample-passes
+    assert (c.grpo.lr, c.grpo.kl_coef, c.grpo.entropy_coef, c.grpo.clip) == (1e-6, 0.01, 0.001, 0.2)
+    assert (c.grpo.betas, c.grpo.weight_decay, c.grpo.grad_clip) == ((0.9, 0.999), 0.01, 1.0)
+    assert (c.sft.max_samples, c.sft.per_prompt_limit, c.sft.batch, c.sft.lr) == (400, 4, 32, 2e-6)
+    assert (c.sft.warmup, c.sft.weight_decay, c.sft.grad_clip) == (0.03, 0.0, 1.0)
+    s = c.sampling
+    assert (s.temperature, s.top_p, s.top_k, s.max_tokens, c.prompt_tokens) == (
+        0.8,
+        0.9,
+        25,
+        8192,
+        4096,
+    )
+    assert dataclasses.astuple(c.reward) == (0.7, 0.3, 2.0, -1.0)
+    assert (c.model, c.judge, c.seed, c.reference) == ("Qwen/Qwen3-4B-Base", "gpt-5.4", 42, "cycle")
+    assert (c.client.tries, c.client.timeout, c.client.concurrency) == (8, 90.0, 24)
+    assert parse(["--cycles", "15"]) == c
+    assert parse(["--preset=small", "--grpo.loss_mean", "token"]).template == "short"
+
+
+def differing(a: Config, b: Config) -> set[str]:
+    return {f for f, value in vars(a).items() if value != getattr(b, f)} - {"preset", "name"}
+
+
+def test_the_baselines_differ_from_the_paper_in_what_they_say():
+    """Table 6: distillation and batch size; the rest is how long one phase is."""
+    paper, rlcr, matched = (PRESETS[name] for name in ("paper", "rlcr", "rlcr-matched"))
+    assert differing(rlcr, paper) == {
+        "cycles", "window", "batch", "epochs", "rl_steps", "distil", "save_every", "client"
+    }  # fmt: skip
+    assert (rlcr.cycles, rlcr.window, rlcr.epochs, rlcr.batch) == (1, 5000, 2, 48)
+    assert not rlcr.distil and rlcr.save_every == 10 and rlcr.client.concurrency == 48
+    assert rlcr.rl_steps * rlcr.batch == 9984  # "about 10,000 sample-passes"
+    assert differing(matched, rlcr) == {"batch", "rl_steps"} and matched.batch == paper.batch
+    assert differing(PRESETS["official"], paper) == {"policy"}
+    assert PRESETS["official"].policy.parameters == "bfloat16"
+    assert all(PRESETS[name].preset == name for name in PRESETS)
+    for config in PRESETS.values():
+        check_options(config)
+
+
+@pytest.fixture
+def tiny(tmp_path, random_folder, prompt_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = small_args(random_folder(), prompt_file)[1:]
+
+    def config(**changes):
+        return dataclasses.replace(parse(args), **changes)
+
+    return config
+
+
+def test_a_good_configuration_is_prepared(tiny):
+    setup = prepare(tiny())
+    window = [p.conversation[0]["content"] for p in setup.window]
+    drawn = sorted(random.Random(42).sample(range(12), 8))
+    assert window == [REQUESTS[i] for i in drawn] and setup.inputs.too_long == 0
+
+
+def test_long_prompts_are_left_out_before_the_draw(tiny, tmp_path, tokenizer):
+    data = tmp_path / "d.jsonl"
+    rows = [{"prompt": "long " * 300}] + [{"prompt": r} for r in REQUESTS[:8]]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    setup = prepare(tiny(data=str(data)))
+    assert setup.inputs.too_long == 1 and len(setup.window) == 8
+
+
+BAD = {
+    "no file": ({"data": "none.jsonl"}, "none.jsonl: no such file"),
+    "window": ({"window": 16, "rl_steps": 4}, "window of 16 .* 12 unique prompts"),
+    "steps": ({"rl_steps": 3}, r"rl_steps 3 .* 1 epoch.* window of 8 .* batches of 4 are 2 steps"),
+    "model": ({"model": "none"}, "model none: no such folder"),
+    "context": ({"prompt_tokens": 4096}, "reads 1024 tokens, fewer than prompt_tokens .* = 4216"),
+    "rollouts": ({"rollouts": 1}, "rollouts must be at least 2"),
+    "cycles": ({"cycles": 0}, "cycles must be at least 1"),
+    "key": ({"judge": "gpt-5.4"}, "OPENAI_API_KEY"),
+    "memory": (
+        {"policy": PolicyConfig(micro_batch_tokens=10**9)},
+        r"a rank needs about [\d.]+ GB .*activations .* and this machine has [\d.]+ GB",
+    ),
+    "flash": (
+        {"policy": PolicyConfig(attn="flash", dtype="float32")},
+        "policy.attn flash needs .*--policy.dtype bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "says"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence_before_any_model_is_loaded(tiny, monkeypatch, changes, says):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(cycle, "Run", lambda *a: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit, match=f"error: .*{says}") as caught:
+        cycle.main(tiny(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_uneven_ranks_are_refused(tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="batch 4 cannot be shared evenly by 3 ranks"):
+        prepare(tiny())
+
+
+def test_a_tokenizer_without_single_digits_is_refused(tiny, tmp_path, random_folder):
+    folder = tmp_path / "merged"
+    shutil.copytree(random_folder(), folder)
+    make_tokenizer("merged").save_pretrained(folder)
+    with pytest.raises(ValueError, match="tokenizer .*merged: .*one token"):
+        prepare(tiny(model=str(folder)))
+
+
+def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    setup = prepare(tiny())
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(tiny())))
+    (folder / "window.json").write_text(json.dumps([p.id for p in setup.window]))
+    prepare(tiny(cycles=9))  # more cycles go on with a run
+    with pytest.raises(ValueError, match="another configuration .*rollouts, seed.*--name"):
+        prepare(tiny(seed=7, rollouts=8))
+    (folder / "window.json").write_text("[]")
+    with pytest.raises(ValueError, match="other prompts"):
+        prepare(tiny())
+
+
+def test_batches_are_a_permutation_by_cycle(tiny):
+    window = prepare(tiny()).window
+    config = tiny(batch=3, epochs=2, rl_steps=4)
+    batches = step_batches(config, window, cycle=2)
+    assert [len(b) for b in batches] == [3] * 4  # the two prompts left over are dropped
+    assert len({p.id for b in batches[:2] for p in b}) == 6
+    assert batches == step_batches(config, window, 2) != step_batches(config, window, 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory, disk, dry run
+
+
+def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
+    """Two layers, D 64, two heads of 32 with one key-value head, inner size 128, tied head."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    policy = PolicyConfig("bfloat16", micro_batch_tokens=2000, head_tokens=100)
+    config = tiny(policy=policy, sampler="transformers")
+    setup = look(config)
+    v = len(tokenizer)
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
+    p = v * 64 + 2 * layer + 64
+    # Inputs and outputs of q, k, v, o, gate, up, down; six vectors for the norms.
+    kept = (64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 128) + 6 * 64
+    got = memory(config, setup)
+    assert got == {
+        "parameters": 4 * p / 2,
+        "gradients": 4 * p / 2,
+        "AdamW": 8 * p / 2,
+        "KL reference": 2 * p / 2,
+        "gathered weights and gradients": 8 * (p - 2 * layer + 2 * layer),
+        "activations": 2 * 2000 * (2 * 64 + kept),  # recomputed: one layer's and each one's input
+        "logits": 16 * 100 * v,
+        "sampler": 2 * p,
+    }
+    halved = memory(tiny(policy=dataclasses.replace(policy, parameters="bfloat16")), setup)
+    assert halved["AdamW"] == got["AdamW"] / 2 and halved["KL reference"] == got["KL reference"]
+    assert disk(config, setup) == {"checkpoints": 2 * 2 * p, "state": 3 * 4 * p}
+    # Cycle ends and, every step, checkpoint and state with optimiser and reference.
+    often = disk(tiny(save_every=1, keep_checkpoints=3), setup)
+    assert often == {"checkpoints": 3 * 2 * p, "state": 3 * (4 + 8 + 4) * p}
+
+
+def test_a_full_disk_is_told_before(tiny, monkeypatch):
+    monkeypatch.setattr(plan, "disk_free", lambda folder: 1e5)
+    with pytest.raises(ValueError, match="GB of disk and 0.0 GB are free; --keep_checkpoints"):
+        prepare(tiny())
+
+
+def test_the_dry_run_tells_the_plan_and_writes_nothing(tiny, monkeypatch, tmp_path, tokenizer):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(cycle, "Run", lambda *a: pytest.fail("a run was started"))
+    config = tiny(judge="gpt-5.4", dry_run=True)
+    before = set(tmp_path.iterdir())
+    assert cycle.main(config) is None
+    assert set(tmp_path.iterdir()) == before
+    text = " ".join(describe(config, look(config)).split())
+    # 2 cycles x 2 steps x 4 prompts x 4 rollouts; 400 rows are more than a cycle's 32.
+    for said in (
+        "= 64 rollouts, 16 sample-passes", "at most 64 calls", "2 x at most 32 rows in 4 updates",
+        "responses at most 7,680", "12 unique prompts, 0 over 700", "set OPENAI_API_KEY",
+    ):  # fmt: skip
+        assert said in text, said
+    # With the longest answers: what is asked without an answer, and 120 tokens, by the price.
+    setup = look(config)
+    count = [
+        len(tokenizer.encode(plan.JUDGE_SYSTEM + plan.judge_user(p.conversation, "", ())))
+        for p in setup.window
+    ]
+    tokens_in = 64 * (sum(count) / len(count) + 120)
+    reply = len(tokenizer.encode(json.dumps(dict.fromkeys(plan.ATTRIBUTES, 8))))
+    cost = tokens_in * 2.5e-6 + 64 * reply * 15e-6
+    assert (
+        f"${cost:9,.2f} the longest" in " ".join(text.split()) or f"{cost:.2f} the longest" in text
+    )
+
+
+def test_the_dry_run_needs_no_weights(tiny, tmp_path, random_folder):
+    folder = tmp_path / "settings"
+    shutil.copytree(random_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = tiny(model=str(folder))
+    assert "nothing that is known now" in describe(config, look(config))
+    with pytest.raises(ValueError, match=r"settings: no \*.safetensors file"):
+        prepare(config)
