@@ -275,7 +275,7 @@ class Run:
     def _open_folder(self) -> None:
         self.wandb = None
         if parallel.rank() == 0:
-            open_folder(self.folder, self.config)
+            open_folder(self.folder, self.config, self.setup.inputs.model)
             if self.config.wandb:
                 self.wandb = open_wandb(self.folder, self.config)
             (self.folder / "rollouts").mkdir(exist_ok=True)

@@ -127,7 +127,7 @@ def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> d
     """Sample, judge and summarise; rank 0 writes summary.json and returns the figures like all."""
     folder = Path("results") / config.name
     if parallel.rank() == 0:
-        open_folder(folder, config)
+        open_folder(folder, config, inputs.model)
     parallel.barrier()
     if config.judge == "heuristic":
         judge = HeuristicJudge()

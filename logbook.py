@@ -67,14 +67,15 @@ def check_same_config(folder: Path, config: object, may_change: Collection[str] 
         )
 
 
-def open_folder(folder: Path, config: object) -> None:
+def open_folder(folder: Path, config: object, model: Path) -> None:
     """Make the folder, write config.json, add this start to env.json, mend what a kill left. Rank 0
     only."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
     known = folder / "env.json"
     starts = json.loads(known.read_text()) if known.exists() else []
-    write_text(known, json.dumps([*starts, environment()], indent=2))
+    start = environment() | {"command": sys.argv, "model": str(model)}
+    write_text(known, json.dumps([*starts, start], indent=2))
     for path in folder.rglob("*.jsonl"):
         drop_torn_line(path)
 

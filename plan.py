@@ -99,8 +99,6 @@ def check_options(config: Config) -> None:
         raise ValueError(
             "sampling.temperature must be above 0 in training: the loss divides logits by it"
         )
-    if config.engine.sleep and not torch.cuda.is_available():
-        raise ValueError("engine.sleep frees GPU memory and needs a CUDA GPU; leave it out")
     attention(config.policy)
 
 
@@ -120,6 +118,13 @@ def obstacles(config: Config, setup: Setup) -> list[str]:
             f"{there / GB:.1f} GB a rank; more GPUs, a smaller --model, or lower "
             "--policy.micro_batch_tokens or --engine.* (--dry_run shows the whole plan; --preset "
             "small is a run for two CPU cores)"
+        )
+    longest, seats = _longest(config), kv_tokens(config, setup)
+    if config.sampler == "vllm" and longest > seats:
+        found.append(
+            f"vLLM's cache holds about {seats:,} tokens and one rollout may take {longest:,}; "
+            "raise --engine.gpu_memory (GPU) or --engine.kv_cache_gb (CPU), or lower "
+            "--sampling.max_tokens"
         )
     needed, free = sum(disk(config, setup).values()), disk_free(setup.folder)
     if needed > free:
@@ -157,8 +162,7 @@ def memory(config: Config, setup: Setup) -> dict[str, float]:
     m, r = model_size(setup.inputs.model), ranks()
     compute = _bytes(config.policy.dtype)
     kept = _bytes(config.policy.parameters)
-    longest = config.prompt_tokens + config.sampling.max_tokens
-    tokens = max(config.policy.micro_batch_tokens, longest)
+    tokens = max(config.policy.micro_batch_tokens, _longest(config))
     layers_kept = 1 if config.policy.gradient_checkpointing else m.layers
     scored = min(config.policy.head_tokens, tokens)
     return {
@@ -178,13 +182,25 @@ def memory(config: Config, setup: Setup) -> dict[str, float]:
 
 def _sampler_memory(config: Config, m: Size) -> float:
     weights = _bytes(config.policy.dtype) * m.parameters
-    if config.sampler == "vllm" and torch.cuda.is_available():
-        if config.engine.sleep:
-            return 0.0
-        return config.engine.gpu_memory * torch.cuda.get_device_properties(0).total_memory
-    if config.sampler == "vllm":
+    if config.sampler != "vllm":
+        return weights
+    if not torch.cuda.is_available():
         return weights + config.engine.kv_cache_gb * 2**30
-    return weights
+    return 0.0 if config.engine.sleep else config.engine.gpu_memory * memory_per_rank()
+
+
+def kv_tokens(config: Config, setup: Setup) -> int:
+    """Tokens that vLLM's KV cache holds on one rank."""
+    m, size = model_size(setup.inputs.model), _bytes(config.policy.dtype)
+    if torch.cuda.is_available():
+        cache = config.engine.gpu_memory * memory_per_rank() - size * m.parameters
+    else:
+        cache = config.engine.kv_cache_gb * 2**30
+    return max(0, int(cache / (size * m.kv_per_token)))
+
+
+def _longest(config: Config) -> int:
+    return config.prompt_tokens + config.sampling.max_tokens
 
 
 def memory_per_rank() -> float:
@@ -259,7 +275,9 @@ def _inputs(config: Config, setup: Setup) -> list[str]:
         f"responses, {'shown' if config.use_references else 'not shown'} to the judge",
         f"first step  {len(first)} prompts, {sum(len(inputs.prompt_ids[p.id]) for p in first):,} "
         f"tokens; the first: {conversation[:60]!r}",
-        f"sampler     {config.sampler}, attention in training {attention(config.policy)}",
+        f"sampler     {config.sampler}"
+        + (f", KV cache for {kv_tokens(config, setup):,} tokens" * (config.sampler == "vllm"))
+        + f"; attention in training {attention(config.policy)}",
     ]
 
 

@@ -172,6 +172,7 @@ class Size(NamedTuple):
     hidden: int
     vocabulary: int
     activations: int  # kept for backward by one layer, numbers per token
+    kv_per_token: int  # keys and values of one token, all layers
     tied: bool
 
 
@@ -193,6 +194,8 @@ def model_size(folder: str | Path) -> Size:
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         activations=linear + 6 * config.hidden_size,
+        kv_per_token=config.num_hidden_layers
+        * (layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features),
         tied=config.tie_word_embeddings,
     )
 

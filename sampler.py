@@ -58,7 +58,7 @@ class EngineConfig:
     kv_cache_gb: float = 1.0
     """KV cache per rank on CPU, in GB."""
     sleep: bool = False
-    """GPU: free the engine's memory while the policy trains."""
+    """Free the engine's GPU memory while the policy trains (on CPU it frees nothing)."""
 
 
 class Request(NamedTuple):
@@ -87,7 +87,7 @@ def seed_of(*parts: object) -> int:
 
 
 def choose(kind: str) -> str:
-    """ "auto" -> "vllm" where it is installed, else "transformers". ValueError if vllm is asked for
+    """Which sampler is meant: auto is vllm where it is installed. ValueError if vllm is asked for
     and missing."""
     installed = find_spec("vllm") is not None
     if kind == "vllm" and not installed:
@@ -172,7 +172,7 @@ class VLLMSampler:
             # A prompt is read in one piece: with a seed per rollout, vLLM 0.32 on CPU fails on a
             # prompt that is cut in two.
             enable_chunked_prefill=False,
-            block_size=32,  # the longest size that still shares most of a short template
+            block_size=32,  # prompts share whole blocks; CPU's own 128 would share little
             logprobs_mode="raw_logprobs",  # temperature 1, before top-k and top-p
             generation_config="vllm",  # no sampling defaults of the model's
             use_tqdm_on_load=False,
@@ -184,14 +184,14 @@ class VLLMSampler:
         self.tokenizer = tokenizer
         self.eos = end_of_sequence(tokenizer, generation_config(folder))
         self.dtype = getattr(torch, dtype)
-        self.sleep = config.sleep
+        self.sleep, self.asleep = config.sleep, False
         self.weight_version = version
         self.llm.update_weight_version(version)
         self._expected_names = weight_names(folder) | {"lm_head.weight"}
 
     def load_weights(self, policy: Policy, version: str = "handed over") -> None:
         """Overwrite every weight with the policy's. Collective: all ranks call it together."""
-        if self.sleep:
+        if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up(["weights"])
         given: set[str] = set()
@@ -203,8 +203,9 @@ class VLLMSampler:
                 "the policy's weights are not the engine's: "
                 f"{', '.join(sorted(given ^ self._expected_names))}"
             )
-        if self.sleep:
-            self.llm.wake_up(["kv_cache"])
+        if self.asleep and not self.llm.wake_up(["kv_cache"]):
+            raise RuntimeError("the engine did not wake up")
+        self.asleep = False
         # Without this, prompts that were read with the old weights would be found in the cache.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the engine still holds rollouts, so its prefix cache stays stale")
@@ -262,7 +263,8 @@ class VLLMSampler:
 
     def rest(self) -> None:
         if self.sleep:
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=2)  # weights too: the next hand-over brings them all
+            self.asleep = True
 
     def close(self) -> None:
         """End the engine; vLLM ends the process group with it."""

@@ -115,6 +115,12 @@ def main(folder: str, out: str) -> None:
         said["mid_sampling"] = failure(lambda: sampler.load_weights(policy, "c1s5"))
         engine.abort_request(["x"])
 
+        # Sleep and wake up: on CPU the same calls, which free nothing.
+        sampler.sleep = True
+        sampler.rest()
+        sampler.load_weights(policy, "c1s5")
+        said["gap_after_sleep"] = sample()[1]
+
         # The tied head left out: told by its name, and by the gap where the names are not compared.
         if policy.model.config.tie_word_embeddings:
             with torch.no_grad():

@@ -15,8 +15,10 @@ from conftest import ROOT, finish, free_port, small_args, start_ranks
 from transformers import AutoModelForCausalLM
 
 import buffer
+import cycle
 import prompts
 from logbook import Clock, read_metrics
+from presets import PRESETS
 
 
 def test_the_clock_adds_up():
@@ -29,6 +31,17 @@ def test_the_clock_adds_up():
     assert set(lap) == {"a", "other", "wall"} and lap["a"] >= 0.01
     assert lap["a"] + lap["other"] == pytest.approx(lap["wall"], abs=2e-3)
     assert set(clock.lap()) == {"other", "wall"}
+
+
+@pytest.mark.parametrize(("gap", "alarmed"), [(0.02, False), (0.2, True), (None, False)])
+def test_the_alarm(monkeypatch, capsys, gap, alarmed):
+    """The sampler's log-probabilities far from the trainer's are told at once."""
+    run = object.__new__(cycle.Run)
+    run.config, run.clock = PRESETS["small"], Clock()
+    run.policy = run.reference = None
+    monkeypatch.setattr(cycle, "rl_step", lambda *a, **k: {"logprob_gap": gap})
+    assert run._rl_step(None, []) == {"logprob_gap": gap}
+    assert ("differ by 0.200 nats" in capsys.readouterr().out) == alarmed
 
 
 def weights(run) -> bytes:

@@ -13,6 +13,7 @@ import plan
 from plan import check_options, describe, disk, look, memory, prepare, step_batches
 from policy import PolicyConfig
 from presets import PRESETS, Config, parse
+from sampler import EngineConfig
 
 
 def test_the_paper_preset_is_the_papers():
@@ -98,6 +99,11 @@ BAD = {
     "memory": (
         {"policy": PolicyConfig(micro_batch_tokens=10**9)},
         r"a rank needs about [\d.]+ GB .*activations .* and this machine has [\d.]+ GB",
+    ),
+    "cache": (
+        {"sampler": "vllm", "engine": EngineConfig(kv_cache_gb=1e-4)},
+        # 2 layers x (32 + 32) numbers x 4 bytes = 512 bytes a token.
+        "cache holds about 209 tokens and one rollout may take 820; raise --engine",
     ),
     "flash": (
         {"policy": PolicyConfig(attn="flash", dtype="float32")},

@@ -31,7 +31,7 @@ def test_the_engine_samples_with_the_policys_weights(tmp_path, random_folder, ki
 
     # Mean |engine - trainer| in nats a token, over all ranks; before the hand-over it is far off.
     assert one["stale_gap"] > GAP_ALARM
-    for name in ("gap", "gap_1", "gap_2", "gap_3", "gap_after_close"):
+    for name in ("gap", "gap_1", "gap_2", "gap_3", "gap_after_close", "gap_after_sleep"):
         assert one[name] < 0.05, name
 
     # Ranks have work of their own, and seeds of their own; a seed gives the same rollout again.
