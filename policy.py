@@ -17,10 +17,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
@@ -51,7 +52,7 @@ class PolicyConfig:
     parameters: Literal["float32", "bfloat16"] = "float32"
     """Type of the trained parameters and of AdamW's state. bfloat16 as in the authors' scripts:
     most updates at the paper's learning rates round to nothing."""
-    attn: Literal["auto", "flash", "sdpa"] = "auto"
+    attn: Annotated[Literal["auto", "flash", "sdpa"], tyro.conf.arg(aliases=("--attn",))] = "auto"
     """Attention in training: flash-attn's kernels (auto: where CUDA and the package are there; not
     run), or PyTorch's scaled_dot_product_attention."""
     micro_batch_tokens: int = 16384
@@ -225,7 +226,7 @@ def attention(config: PolicyConfig) -> str:
         if not there
     ]
     if config.attn == "flash" and missing:
-        raise ValueError(f"policy.attn flash needs {' and '.join(missing)}; or leave it at auto")
+        raise ValueError(f"--attn flash needs {' and '.join(missing)}; or leave it at auto")
     return "sdpa" if missing or config.attn == "sdpa" else "flash_attention_2"
 
 

@@ -107,7 +107,7 @@ BAD = {
     ),
     "flash": (
         {"policy": PolicyConfig(attn="flash", dtype="float32")},
-        "policy.attn flash needs .*--policy.dtype bfloat16",
+        "--attn flash needs .*--policy.dtype bfloat16",
     ),
 }
 

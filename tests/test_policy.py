@@ -8,7 +8,7 @@ from conftest import make_rollout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import parallel
-from grpo import policy_loss, response_row
+from grpo import GRPOConfig, make_optimizer, policy_loss, response_row
 from policy import (
     PolicyConfig,
     Row,
@@ -139,6 +139,23 @@ def test_export_loads_as_it_is(random_folder, tokenizer, tmp_path, kind, tied):
     assert again.encode(text) == tokenizer.encode(text)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == [type(back).__name__]
+
+
+def test_at_the_papers_rate_bf16_parameters_hardly_move(random_folder):
+    """Why parameters are fp32 by default, and that preset official takes the authors' type."""
+    changed = {}
+    for dtype in ("float32", "bfloat16"):
+        policy = load_policy(random_folder(), PolicyConfig(parameters=dtype))
+        assert {p.dtype for p in policy.parameters()} == {getattr(torch, dtype)}
+        before = [parallel.full_tensor(p.detach()).clone() for p in policy.parameters()]
+        optimizer = make_optimizer(policy, GRPOConfig())
+        for p in policy.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        after = [parallel.full_tensor(p.detach()) for p in policy.parameters()]
+        moved = sum((a != b).sum().item() for a, b in zip(before, after, strict=True))
+        changed[dtype] = moved / sum(b.numel() for b in before)
+    assert changed["float32"] > 0.95 and changed["bfloat16"] < 0.05
 
 
 def test_unusable_model_folders_are_named(tmp_path, random_folder):

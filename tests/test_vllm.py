@@ -7,7 +7,13 @@ from collections import Counter
 from importlib.util import find_spec
 
 import pytest
+import torch
 from conftest import ROOT, finish, small_args, start_ranks
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import buffer
 from cycle import GAP_ALARM
@@ -44,6 +50,19 @@ def test_the_engine_samples_with_the_policys_weights(tmp_path, random_folder, ki
         assert set(s["versions"]) == {"c1s0"}
         assert len(set(map(tuple, s["greedy"][:3]))) == 1  # temperature 0: one answer a prompt
     assert len({s["first_random"] for s in said}) == 1  # our seed, not the engine's by rank
+
+    # Draws follow temperature, then top-k, then top-p of what is left; nothing less fits them.
+    drawn = torch.tensor(one["drawn"]).bincount(minlength=len(one["logp"])) / len(one["drawn"])
+
+    def distance(temperature=0.8, top_k=25, top_p=0.9) -> float:
+        """Total variation between the draws and what these parameters would give."""
+        scores = TemperatureLogitsWarper(temperature)(None, torch.tensor([one["logp"]]))
+        kept = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, scores))
+        return (drawn - kept.softmax(-1)[0]).abs().sum().item() / 2
+
+    assert distance() < 0.06
+    for wrong in ({"temperature": 0.5}, {"top_k": 100}, {"top_p": 0.99}, {"top_p": 0.7}):
+        assert distance(**wrong) > distance() + 0.03, wrong
 
     # Old weights are never sampled from in silence.
     assert one["stale_version"] == "a rollout of weights 'c1s3' was sampled with {'c1s2'}"
