@@ -225,7 +225,8 @@ class Run:
             known = [m[name] for m in lines if m[name] is not None]
             means[name] = sum(known) / len(known) if known else None
         shown = ", ".join(f"{k} {'-' if v is None else format(v, '.3f')}" for k, v in means.items())
-        parallel.print0(f"cycle {cycle}: {shown}; {selected} of {buffered} rollouts distilled")
+        shown += f"; {selected} of {buffered} rollouts distilled" * self.config.distil
+        parallel.print0(f"cycle {cycle}: {shown}")
         self._log(cycle, "cycle", 0, means | {"buffered": buffered, "selected": selected})
         self._save(cycle + 1, 0, None)
 

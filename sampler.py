@@ -150,17 +150,12 @@ class VLLMSampler:
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        with warnings.catch_warnings(action="ignore"):
-            import vllm
-
-        on_gpu = torch.cuda.is_available()
         memory = (
             {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
-            if on_gpu
+            if torch.cuda.is_available()
             else {"kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30), "enforce_eager": True}
         )
-        self.llm = vllm.LLM(
-            str(folder),
+        options = dict(
             dtype=dtype,
             load_format="safetensors",
             trust_remote_code=False,
@@ -176,8 +171,11 @@ class VLLMSampler:
             logprobs_mode="raw_logprobs",  # temperature 1, before top-k and top-p
             generation_config="vllm",  # no sampling defaults of the model's
             use_tqdm_on_load=False,
-            **memory,
         )
+        with warnings.catch_warnings(action="ignore"):  # of its imports
+            import vllm
+
+            self.llm = vllm.LLM(str(folder), **options, **memory)
         set_seed(seed)  # the engine has set the process's seeds to its own
         self._request_params = vllm.SamplingParams
         self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
