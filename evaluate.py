@@ -97,7 +97,7 @@ def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
     if config.limit:
         chosen = random.Random(config.seed).sample(range(len(prompts)), config.limit)
         prompts = [prompts[i] for i in sorted(chosen)]
-    check_same_config(Path("results") / config.name, config, {"sample_rows", "client"})
+    check_same_config(Path("results") / config.name, config, {"sample_rows", "engine", "client"})
     fetch_weights(config.model)
     return prompts, inputs
 

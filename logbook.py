@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -107,6 +108,13 @@ def environment() -> dict:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads_per_rank": torch.get_num_threads(),
     }
+
+
+def wandb_ready() -> bool:
+    """Whether wandb could log: a key is known, or none is needed."""
+    import wandb
+
+    return os.environ.get("WANDB_MODE") in ("offline", "disabled") or bool(wandb.api.api_key)
 
 
 def open_wandb(folder: Path, config: object):

@@ -5,8 +5,8 @@
 
 Everything that can be wrong is found here, in one sentence each, before anything expensive. Memory
 is by formula, an estimate on the low side: it leaves out what allocators and libraries take for
-themselves (the small run on CPU: 6.6 GB by formula, 11.1 GB resident). Judge tokens are counted with
-the policy's tokenizer; the judge's own counts otherwise.
+themselves (the small run on CPU: 6.6 GB by formula, 11.1 GB resident). Judge tokens are counted
+with the policy's tokenizer; the judge's own counts otherwise.
 
 Where the paper leaves a choice: the window of prompts is
 `sorted(random.Random(seed).sample(range(n), size))` over the prompts that fit the prompt limit; its
@@ -26,7 +26,7 @@ import torch
 from client import JudgeError, check_environment
 from data import Prompt
 from hub import fetch_weights
-from logbook import check_same_config
+from logbook import check_same_config, wandb_ready
 from policy import Size, attention, model_size
 from presets import MAY_CHANGE, Config
 from prompts import ATTRIBUTES, JUDGE_SYSTEM, judge_user
@@ -111,6 +111,10 @@ def obstacles(config: Config, setup: Setup) -> list[str]:
             check_environment()
         except JudgeError as error:
             found.append(str(error))
+    if config.wandb and not wandb_ready():
+        found.append(
+            "--wandb is asked for, but no key is known: `wandb login` first, or WANDB_MODE=offline"
+        )
     parts, there = memory(config, setup), memory_per_rank()
     if sum(parts.values()) > there:
         shown = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())

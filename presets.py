@@ -142,7 +142,7 @@ SMALL = Config(
 PRESETS = {c.preset: c for c in (PAPER, OFFICIAL, RLCR, RLCR_MATCHED, SMALL)}
 # What may differ between a run and its continuation.
 MAY_CHANGE = {
-    "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "client"
+    "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "engine", "client"
 }  # fmt: skip
 
 

@@ -100,6 +100,7 @@ BAD = {
         {"policy": PolicyConfig(micro_batch_tokens=10**9)},
         r"a rank needs about [\d.]+ GB .*activations .* and this machine has [\d.]+ GB",
     ),
+    "wandb": ({"wandb": True}, "no key is known: `wandb login` first, or WANDB_MODE=offline"),
     "cache": (
         {"sampler": "vllm", "engine": EngineConfig(kv_cache_gb=1e-4)},
         # 2 layers x (32 + 32) numbers x 4 bytes = 512 bytes a token.
@@ -114,7 +115,9 @@ BAD = {
 
 @pytest.mark.parametrize(("changes", "says"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_sentence_before_any_model_is_loaded(tiny, monkeypatch, changes, says):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in ("OPENAI_API_KEY", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
     monkeypatch.setattr(cycle, "Run", lambda *a: pytest.fail("a run was started"))
     with pytest.raises(SystemExit, match=f"error: .*{says}") as caught:
         cycle.main(tiny(**changes))
