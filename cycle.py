@@ -32,15 +32,14 @@ from tqdm import tqdm
 
 import buffer
 import parallel
-from client import Background, ChatClient, JudgeError
+from client import Background, JudgeError
 from files import append_line, write_text
 from grpo import make_optimizer, response_row, rl_step
-from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, coloured, open_folder, open_wandb, read_metrics, trim_metrics
 from plan import Setup, describe, look, prepare, step_batches
 from policy import Row, export, load_policy
 from presets import Config, parse
-from rollout import Collector, figures, in_buffer
+from rollout import Collector, figures, in_buffer, make_judge
 from sampler import choose, make_sampler
 from sft_masked import distil, distillation_row
 
@@ -90,7 +89,7 @@ class Run:
         self.names = {p: name for name, p in self.policy.named_parameters()}
         self.collector = Collector(
             sampler=self.sampler,
-            judge=self._make_judge(),
+            judge=make_judge(config, self.folder / "judge_cache.jsonl"),
             tokenizer=setup.inputs.tokenizer,
             prompts={p.id: p for p in setup.window},
             prompt_ids=setup.inputs.prompt_ids,
@@ -241,14 +240,7 @@ class Run:
             for old in oldest_first[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
 
-    # Judge, progress, log
-
-    def _make_judge(self) -> HeuristicJudge | LLMJudge:
-        if self.config.judge == "heuristic":
-            return HeuristicJudge()
-        share = max(1, self.config.client.concurrency // parallel.world_size())
-        cache = self.folder / "judge_cache.jsonl"
-        return LLMJudge(ChatClient(self.config.judge, self.config.client, share, cache))
+    # Progress, log
 
     def _progress(self, items, label: str):
         return tqdm(items, desc=f"{label} ({self.config.name})", disable=parallel.rank() != 0)

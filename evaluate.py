@@ -24,15 +24,14 @@ from tqdm import tqdm
 
 import buffer
 import parallel
-from client import Background, ChatClient, ClientConfig, JudgeError, check_environment
+from client import Background, ClientConfig, JudgeError, check_environment
 from data import Prompt
 from files import write_text
 from hub import fetch_weights
-from judge import HeuristicJudge, LLMJudge
 from logbook import Clock, check_same_config, open_folder
 from metrics import Estimate, summarise
 from reward import RewardConfig
-from rollout import Collector, Inputs, read_inputs
+from rollout import OFFLINE_JUDGES, Collector, Inputs, make_judge, read_inputs
 from sampler import EngineConfig, SamplingParams, choose, make_sampler
 
 
@@ -47,8 +46,8 @@ class EvalConfig:
     name: str
     """Results go to results/NAME."""
     judge: str = "gpt-5.4"
-    """Model name at an OpenAI-compatible endpoint (Sec. 4.1), or "heuristic", an offline
-    stand-in that says nothing about real judging."""
+    """Model name at an OpenAI-compatible endpoint (Sec. 4.1); or "heuristic", an offline stand-in
+    that says nothing about real judging; or "rubric", the miniature's."""
     samples: int = 1
     """Samples per prompt."""
     limit: int = 0
@@ -57,7 +56,7 @@ class EvalConfig:
     """Folder of a run whose training prompts are left out, such as runs/see."""
     use_references: bool = True
     """Show the judge reference responses with human labels where the data has them (App. B.3)."""
-    template: Literal["paper", "short"] = "paper"
+    template: Literal["paper", "short", "bare"] = "paper"
     """Generation template, as in training."""
     few_shot: Literal["paper-like", "varied"] = "paper-like"
     """Few-shot examples, as in training."""
@@ -79,7 +78,7 @@ class EvalConfig:
 
 def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
     """The prompts to answer, and all that was read. Raises ValueError or JudgeError."""
-    if config.judge != "heuristic":
+    if config.judge not in OFFLINE_JUDGES:
         check_environment()
     inputs = read_inputs(config)
     prompts = inputs.prompts
@@ -129,12 +128,7 @@ def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> d
     if parallel.rank() == 0:
         open_folder(folder, config, inputs.model)
     parallel.barrier()
-    if config.judge == "heuristic":
-        judge = HeuristicJudge()
-    else:
-        share = max(1, config.client.concurrency // parallel.world_size())
-        cache = folder / "judge_cache.jsonl"
-        judge = LLMJudge(ChatClient(config.judge, config.client, share, cache))
+    judge = make_judge(config, folder / "judge_cache.jsonl")
     collector = Collector(
         sampler=sampler,
         judge=judge,

@@ -8,7 +8,8 @@ good without it.
 are a malformed response."""
 
 import math
-from collections import defaultdict
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from statistics import median_low
 from typing import NamedTuple
@@ -72,3 +73,59 @@ def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> 
     for a, name in enumerate(ATTRIBUTES):
         table[f"mae/{name}"] = over_valid(lambda s, j, a=a: abs(s[a] - j[a]))
     return table
+
+
+def best_constant(judge: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -> Scores:
+    """The one vector whose calibration against all these judge scores is highest, found from the
+    medians by changing one attribute at a time."""
+    best = [median_low(scores) for scores in zip(*judge, strict=True)]
+
+    def total(vector: Sequence[int]) -> float:
+        return math.fsum(reward.calibration(vector, j, gamma) for j in judge)
+
+    while True:
+        tries = [[*best[:a], s, *best[a + 1 :]] for a in range(len(best)) for s in range(10)]
+        better = max(tries, key=total)
+        if total(better) <= total(best):
+            return tuple(best)
+        best = better
+
+
+def shuffled_calibration(
+    valid: Sequence[tuple[Scores, Scores]], gamma: float = reward.RewardConfig.gamma
+) -> float | None:
+    """Mean calibration of each response's self-scores against every other response's judge scores:
+    what the scores are worth if they knew nothing of their own response. None below two."""
+    n = len(valid)
+    if n < 2:
+        return None
+    pairs = ((s, j) for a, (s, _) in enumerate(valid) for b, (_, j) in enumerate(valid) if a != b)
+    return math.fsum(reward.calibration(s, j, gamma) for s, j in pairs) / (n * (n - 1))
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's; None where one of the two does not vary."""
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return statistics.correlation(x, y)
+
+
+def top_k_accuracy(
+    logp: Sequence[Sequence[Sequence[float]]], judge: Sequence[Scores], k: int = 5
+) -> float | None:
+    """Share of the judge's digits that are among the k most probable of the ten digit tokens (Sec.
+    4.5); of equal ones the smaller digit goes first. logp: per response five rows of ten
+    log-probabilities."""
+    hits = [
+        sum((p, -other) > (row[digit], -digit) for other, p in enumerate(row)) < k
+        for rows, scores in zip(logp, judge, strict=True)
+        for row, digit in zip(rows, scores, strict=True)
+    ]
+    return sum(hits) / len(hits) if hits else None
+
+
+def constant_top_k(judge: Sequence[Scores], k: int = 5) -> float | None:
+    """The same for one ranking of the digits by attribute, taken from these judge scores."""
+    counts = [Counter(scores) for scores in zip(*judge, strict=True)]
+    ranking = [[float(count[digit]) for digit in range(10)] for count in counts]
+    return top_k_accuracy([ranking] * len(judge), judge, k)

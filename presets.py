@@ -8,6 +8,8 @@ rlcr          Adapted RLCR, the baseline (Sec. 4.1, Table 6): phase 1 alone, two
 rlcr-matched  the same with SEE's batch of 16. Table 6: SEE and the baseline differ in
               distillation and in batch size; this control takes the second difference away
 small         a 135M model on two CPU cores with the offline heuristic judge
+tiny          the miniature of tiny.py: the paper's window, steps and batches, minutes on CPU
+tiny-rlcr, tiny-rlcr-matched    its baselines
 """
 
 import argparse
@@ -28,7 +30,10 @@ from sft_masked import SFTConfig
 class Config:
     """Self-Evaluation Elicitation. Defaults are the paper's (Table 5)."""
 
-    preset: Literal["paper", "official", "rlcr", "rlcr-matched", "small"] = "paper"
+    preset: Literal[
+        "paper", "official", "rlcr", "rlcr-matched", "small", "tiny", "tiny-rlcr",
+        "tiny-rlcr-matched",
+    ] = "paper"  # fmt: skip
     """Decides the defaults of all other options; what each preset is stands in presets.py."""
     name: str = "see"
     """The run's folder is runs/NAME."""
@@ -38,8 +43,8 @@ class Config:
     """Training prompts: a file, see data.py for its kinds, or a hub id, see hub.py (App. E:
     HelpSteer2 train)."""
     judge: str = "gpt-5.4"
-    """Model name at an OpenAI-compatible endpoint (Sec. 4.1), or "heuristic", an offline
-    stand-in."""
+    """Model name at an OpenAI-compatible endpoint (Sec. 4.1); or "heuristic", an offline stand-in;
+    or "rubric", the miniature's."""
     use_references: bool = True
     """Show the judge reference responses with human labels where the data has them (App. B.3)."""
     cycles: int = 15
@@ -57,8 +62,9 @@ class Config:
     prompt_tokens: int = 4096
     """Longest prompt, template included, in tokens (Table 5); longer ones are dropped before the
     draw."""
-    template: Literal["paper", "short"] = "paper"
-    """Generation template: the paper's (App. B.1), or a short one for small models and contexts."""
+    template: Literal["paper", "short", "bare"] = "paper"
+    """Generation template: the paper's (App. B.1), a short one for small models and contexts, or
+    the conversation alone for the miniature."""
     few_shot: Literal["paper-like", "varied"] = "paper-like"
     """Few-shot examples: scored like the authors', or with scores spread over the range (a control
     for priming)."""
@@ -139,7 +145,29 @@ SMALL = Config(
     sft=SFTConfig(lr=1e-4),
     policy=PolicyConfig(micro_batch_tokens=2048, gradient_checkpointing=False),
 )
-PRESETS = {c.preset: c for c in (PAPER, OFFICIAL, RLCR, RLCR_MATCHED, SMALL)}
+# Not in the paper: sizes and learning rates for the miniature, chosen on its development prompts.
+_TINY = dict(
+    model="models/tiny-0",
+    data="models/tiny-0/train.jsonl",
+    judge="rubric",
+    template="bare",
+    prompt_tokens=64,
+    sampler="transformers",
+    sample_rows=128,
+    sampling=SamplingParams(max_tokens=64),
+    grpo=GRPOConfig(lr=1e-4),
+    sft=SFTConfig(lr=1e-4),
+    policy=PolicyConfig("float32", micro_batch_tokens=8192, gradient_checkpointing=False),
+)
+TINY = replace(PAPER, preset="tiny", name="tiny", **_TINY)
+TINY_RLCR = replace(RLCR, preset="tiny-rlcr", name="tiny-rlcr", **_TINY)
+TINY_RLCR_MATCHED = replace(
+    RLCR_MATCHED, preset="tiny-rlcr-matched", name="tiny-rlcr-matched", **_TINY
+)
+PRESETS = {
+    c.preset: c
+    for c in (PAPER, OFFICIAL, RLCR, RLCR_MATCHED, SMALL, TINY, TINY_RLCR, TINY_RLCR_MATCHED)
+}
 # What may differ between a run and its continuation.
 MAY_CHANGE = {
     "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "engine", "client"

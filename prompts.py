@@ -17,7 +17,7 @@ Departures from the authors' scripts:
    (the default) has the scores that theirs have, 8/8/8 with complexity and verbosity 0-2, and
    `varied` spreads the scores over the range, as the control for how far the examples prime the
    self-scores.
-4. `--template short` is not in the paper: for small models and short contexts.
+4. `--template short` and `bare` are not in the paper: for small models, and for the miniature.
 """
 
 import json
@@ -227,9 +227,11 @@ Conversation:
 
 Final assistant output:
 """
-SHORT_EXAMPLES = 3  # the short template shows the first three of the six
 
-TEMPLATES = {"paper": SELF_EVAL_TEMPLATE, "short": SHORT_TEMPLATE}
+# No words but the frame's, for a model that was made to answer so (tiny.py).
+BARE_TEMPLATE = "{FEW_SHOT_EXAMPLES}{REAL_CONVERSATION_TRANSCRIPT}\n\nFinal assistant output:\n"
+TEMPLATES = {"paper": SELF_EVAL_TEMPLATE, "short": SHORT_TEMPLATE, "bare": BARE_TEMPLATE}
+EXAMPLES = {"paper": 6, "short": 3, "bare": 0}  # how many of the six few-shot examples each shows
 
 
 class Example(NamedTuple):
@@ -328,7 +330,7 @@ def policy_prompt(
     conversation: Sequence[Turn], template: str = "paper", few_shot: str = "paper-like"
 ) -> str:
     """The policy's whole prompt for a conversation (B.1). Plain completion: no chat template."""
-    examples = FEW_SHOT[few_shot] if template == "paper" else FEW_SHOT[few_shot][:SHORT_EXAMPLES]
+    examples = FEW_SHOT[few_shot][: EXAMPLES[template]]
     shown = "\n\n".join(
         f"Conversation:\n{transcript([{'role': 'user', 'content': e.request}])}\n\n"
         f"Final assistant output:\n{render_response(e.answer, e.scores)}"

@@ -17,14 +17,27 @@ import buffer
 import parallel
 import reward
 from buffer import Rollout
-from client import Background, JudgeError
+from client import Background, ChatClient, JudgeError
 from data import Prompt, load_prompts
 from hub import data_file, model_folder
+from judge import HeuristicJudge, LLMJudge
 from logbook import Clock
 from policy import check_model_folder, load_tokenizer
 from prompts import check_tokenizer, parse_self_eval, prompt_ids, score_positions, stray
 from reward import RewardConfig
 from sampler import Request, Sample, SamplingParams, seed_of
+from tiny import RubricJudge
+
+OFFLINE_JUDGES = {"heuristic": HeuristicJudge, "rubric": RubricJudge}
+
+
+def make_judge(config, cache: Path):
+    """The judge that `config` (cycle's or evaluate's) names; the API's concurrency is shared by the
+    ranks."""
+    if config.judge in OFFLINE_JUDGES:
+        return OFFLINE_JUDGES[config.judge]()
+    share = max(1, config.client.concurrency // parallel.world_size())
+    return LLMJudge(ChatClient(config.judge, config.client, share, cache))
 
 
 class Inputs(NamedTuple):

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 # Imports go down this list only (README, Design).
-ORDER = """cycle evaluate plan presets rollout grpo sft_masked sampler policy judge client metrics
-data hub reward buffer logbook parallel files prompts""".split()
+ORDER = """demo cycle evaluate plan presets rollout grpo sft_masked sampler policy judge client
+metrics tiny data hub reward buffer logbook parallel files prompts""".split()
 ONLY_IN = {
     "torch.distributed": "parallel",
     "vllm": "sampler",

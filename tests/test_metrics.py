@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from metrics import clustered_mean, summarise
+from metrics import (
+    best_constant,
+    clustered_mean,
+    constant_top_k,
+    correlation,
+    shuffled_calibration,
+    summarise,
+    top_k_accuracy,
+)
 
 
 def test_standard_error_counts_prompts_not_responses():
@@ -40,3 +48,43 @@ def test_only_well_formed_responses_enter_the_scores():
 def test_a_well_formed_response_without_a_judgement_is_an_error():
     with pytest.raises(ValueError, match="no judge scores"):
         summarise([("a", (8, 8, 8, 1, 1), None)])
+
+
+def test_the_best_constant_by_hand():
+    """Ten answers judged 4 and one 9 in one attribute: 4 is nearer in all; of 3 x 2 and 2 x 8 the
+    squares decide."""
+    judge = [(4, 0, 0, 0, 0)] * 10 + [(9, 0, 0, 0, 0)]
+    assert best_constant(judge) == (4, 0, 0, 0, 0)
+    judge = [(2, 5, 9, 1, 3), (2, 5, 9, 1, 3), (8, 5, 9, 1, 3)]
+    best = best_constant(judge)
+    totals = {first: sum((1 - abs(first - j[0]) / 45) ** 2 for j in judge) for first in range(10)}
+    assert best == (max(totals, key=totals.get), 5, 9, 1, 3)
+
+
+def test_shuffled_scores_by_hand():
+    a, b = (9, 9, 9, 9, 9), (0, 0, 0, 0, 0)
+    # Each right for itself (calibration 1), wholly wrong for the other (0).
+    assert shuffled_calibration([(a, a), (b, b)]) == 0
+    assert shuffled_calibration([(a, a), (a, a)]) == 1
+    assert shuffled_calibration([(a, b), (b, a)]) == 1
+    assert shuffled_calibration([(a, a)]) is None
+
+
+def test_correlation_has_its_sign_and_may_be_missing():
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+    assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert correlation([1, 1, 1], [3, 2, 1]) is None is correlation([], [])
+
+
+def test_top_k_by_hand():
+    """Ranks 0, 4, 5, 9, 0; of equally probable digits the smaller ones are first."""
+    falling = [-float(d) for d in range(10)]
+    rows = [falling] * 5
+    assert top_k_accuracy([rows], [(0, 4, 5, 9, 0)]) == pytest.approx(3 / 5)
+    assert top_k_accuracy([rows], [(0, 4, 5, 9, 0)], k=1) == pytest.approx(2 / 5)
+    tied = [[0.0] * 10] * 5
+    assert top_k_accuracy([tied], [(4, 5, 4, 9, 0)]) == pytest.approx(3 / 5)
+    assert top_k_accuracy([], []) is None
+    # In the first attribute 0-4 are seen twice and 5 once; the rest is constant.
+    judge = [(d, 1, 1, 1, 1) for d in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5)]
+    assert constant_top_k(judge) == pytest.approx((10 + 4 * 11) / 55)
