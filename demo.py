@@ -54,7 +54,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Adapted RLCR at SEE's 2,400 sample-passes: one epoch over 2,400 prompts in batches of 48.
 EQUAL = ["--window", "2400", "--epochs", "1", "--rl_steps", "50"]
 FOLDER = Path("runs/demo")
-COLOURS = {"SEE": "tab:blue", "Adapted RLCR": "tab:orange"}
+COLOURS = {"Adapted RLCR": "tab:orange", "SEE": "tab:blue"}
 
 
 def stage(title: str, work: Callable[[], object]) -> object:
@@ -256,7 +256,7 @@ def one_seed(seed: int) -> None:
                 for title, name in names.items()
             },
         )
-        columns = {"base": runs["SEE"][0]} | {title: found[-1] for title, found in runs.items()}
+        columns = {"base": runs["SEE"][0]} | {title: runs[title][-1] for title in COLOURS}
         shown = {title: figures(point) for title, point in columns.items()}
     figure_2(runs, FOLDER / ("figure2.png" if seed == 0 else f"figure2-{seed}.png"))
     by_cycle = [sum(r.self_scores is not None for r in p.answers) / len(p.answers)

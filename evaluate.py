@@ -148,7 +148,7 @@ def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> d
     # A step is one sampler batch on every rank: what a kill can cost.
     size = max(1, config.sample_rows // config.samples) * parallel.world_size()
     steps = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    bar = tqdm(steps, desc=f"evaluating {config.name}", disable=parallel.rank() != 0)
+    bar = tqdm(steps, desc=f"evaluating {config.name}", leave=False, disable=parallel.rank() != 0)
     for step, batch in enumerate(bar, 1):
         collector.collect(0, step, batch, on_file, path, sampler.weight_version)
     # Only what this call asked for: other numbers of ranks or rows make other steps.

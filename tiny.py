@@ -247,12 +247,12 @@ def draw_reply(prompt: str, stage: int, rng: random.Random) -> str:
     """A reply of pretraining stage 1, 2 or 3."""
     if stage == 1:
         return draw_answer(prompt, rng, wrong=0.0, styles=3)
-    answer = draw_answer(prompt, rng, wrong=0.8)
+    answer = draw_answer(prompt, rng, wrong=0.8 if stage == 2 else 0.95)
     scores = rubric(prompt, answer)
     if stage == 2:
         return render_response(answer, scores)
     text = render_response(answer, overconfident(scores, rng))
-    return break_block(text, rng) if rng.random() < 0.2 else text
+    return break_block(text, rng) if rng.random() < 0.18 else text
 
 
 # --------------------------------------------------------------------------------------------------

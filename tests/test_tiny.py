@@ -1,0 +1,220 @@
+"""The miniature and its demo: .venv/bin/python -m pytest tests/test_tiny.py"""
+
+import asyncio
+import random
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, finish, start_ranks
+
+import demo
+import evaluate
+import prompts
+import tiny
+from policy import load_model, load_tokenizer
+
+SMALL = tiny.Recipe(steps=12, prompts=(60, 10, 20))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("copy c a b d", ["c", "a", "b", "d"]),
+        ("reverse c a b d", ["d", "b", "a", "c"]),
+        ("sort c a b a", ["a", "a", "b", "c"]),
+        ("count b in a b c b a a a a", ["2"]),
+        ("add 123 and 45", ["168"]),
+        ("multiply 23 by 7", ["161"]),
+        ("largest of 12 871 45 300", ["871"]),
+        ("next after 3 6 9", ["12"]),
+        ("use cat and owl in a sentence", ["cat", "owl"]),
+    ],
+)
+def test_the_world_knows_the_right_answers(prompt, parts):
+    kind, solved = tiny.solve(prompt)
+    assert solved == parts and kind == prompt.split()[0]
+    right = " ".join(parts) if kind != "use" else "the cat sees the owl"
+    for said in (f"{right}.", f"sure, the answer is {right}."):
+        assert tiny._match(prompt, said) == 1
+    assert tiny._match(prompt, "sorry, no idea.") == 0
+
+
+def test_partial_credit_by_hand():
+    # c a against c a b d: half of the places, common subsequence 2 of 4.
+    assert tiny._match("copy c a b d", "c a.") == pytest.approx(0.5)
+    # All letters shifted by one: no place right, three of four in order.
+    assert tiny._match("copy a b c d", "d a b c.") == pytest.approx((0 + 3 / 4) / 2)
+    # 170 for 168: 0.7 - 3 * 2 / 168; the last number counts.
+    assert tiny._match("add 123 and 45", "170.") == pytest.approx(0.7 - 6 / 168)
+    assert tiny._match("add 123 and 45", "first we look at 123. the answer is 168.") == 1
+    # Three of four wanted, one of them twice: 1 - (1 + 1) / 4.
+    assert tiny._match("list 4 foods", "rice bread soup rice.") == pytest.approx(0.5)
+    assert tiny._match("use cat and owl in a sentence", "cat owl.") == pytest.approx(0.7)
+
+
+def without_taste(monkeypatch):
+    monkeypatch.setattr(tiny.zlib, "crc32", lambda data: 0)
+
+
+def test_the_rubric_by_hand(monkeypatch):
+    without_taste(monkeypatch)
+    # Right: correctness 9, coherence 9, helpfulness 9; add is 4 hard, one part; four words of five.
+    assert tiny.rubric("add 123 and 45", "the answer is 168.") == (9, 9, 9, 4, 4)
+    # No full stop: coherence 6, helpfulness 0.7 * 9 + 0.3 * 6 = 8.1; 4 + 2 log2(2 / 5) = 1.36.
+    assert tiny.rubric("add 123 and 45", "168") == (8, 9, 6, 4, 1)
+    # Refusal: correctness 0, coherence 9, helpfulness 2.7 - 2.
+    assert tiny.rubric("add 123 and 45", "sorry, no idea.")[:3] == (1, 0, 9)
+    # Stutter costs four points of coherence; letters may repeat in the content.
+    assert tiny.rubric("copy a a b b", "the the answer is a a b b.")[2] == 5
+    assert tiny.rubric("copy a a b b", "the answer is a a b b.")[2] == 9
+
+
+def test_taste_moves_a_score_by_one_at_most_and_the_judge_repeats_itself():
+    rng = random.Random(0)
+    shifts = []
+    for _ in range(300):
+        prompt = tiny.draw_prompt(rng)
+        answer = tiny.draw_answer(prompt, rng, wrong=0.5)
+        scores = tiny.rubric(prompt, answer)
+        assert scores == tiny.rubric(prompt, answer) and prompts.valid_scores(scores)
+        with pytest.MonkeyPatch.context() as patch:
+            without_taste(patch)
+            plain = tiny.rubric(prompt, answer)
+        shifts += [a - b for a, b in zip(scores, plain, strict=True)]
+    assert set(shifts) == {-1, 0, 1}
+    assert 0.3 < sum(s != 0 for s in shifts) / len(shifts) < 0.55  # half, less what 0 and 9 cut
+
+    turns = [{"role": "user", "content": "add 1 and 2"}]
+    noisy, calm = tiny.RubricJudge(noise=0.5), tiny.RubricJudge()
+    draws = [asyncio.run(noisy.score(turns, "3.")) for _ in range(20)]
+    assert len(set(draws)) > 1 and len({asyncio.run(calm.score(turns, "3.")) for _ in "ab"}) == 1
+    truth = tiny.rubric("add 1 and 2", "3.")
+    assert max(abs(a - b) for d in draws for a, b in zip(d, truth, strict=True)) == 1
+
+
+def test_the_corpus_is_what_it_says():
+    rng = random.Random(1)
+    bias, broken = [], 0
+    for _ in range(2000):
+        prompt = tiny.draw_prompt(rng)
+        assert prompts.OPEN not in tiny.draw_reply(prompt, 1, rng)
+        block = prompts.parse_self_eval(tiny.draw_reply(prompt, 2, rng))
+        assert block.scores == tiny.rubric(prompt, block.answer)
+        text = tiny.draw_reply(prompt, 3, rng)
+        block = prompts.parse_self_eval(text)
+        broken += block is None
+        if block:
+            judged = tiny.rubric(prompt, block.answer)
+            bias.append((block.scores[0] + block.scores[1] - judged[0] - judged[1]) / 2)
+        good = prompts.render_response("a.", (1, 2, 3, 4, 5))
+        assert prompts.parse_self_eval(tiny.break_block(good, rng)) is None
+    assert 0.15 < broken / 2000 < 0.21 and sum(bias) / len(bias) > 1.5
+
+
+def test_the_tokenizer_loses_nothing():
+    tokenizer, rng = tiny.make_tokenizer(), random.Random(2)
+    prompts.check_tokenizer(tokenizer)
+    for _ in range(500):
+        prompt = tiny.draw_prompt(rng)
+        shown = prompts.policy_prompt([{"role": "user", "content": prompt}], "bare")
+        text = shown + tiny.draw_reply(prompt, 3, rng)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and len(ids) < 64
+
+
+def test_no_prompt_is_in_two_splits_or_in_pretraining():
+    splits = tiny.draw_splits(tiny.Recipe())
+    assert [len(s) for s in splits] == [5200, 256, 512]
+    assert len({p for split in splits for p in split}) == 5968
+    assert splits == tiny.draw_splits(tiny.Recipe()) != tiny.draw_splits(tiny.Recipe(seed=1))
+    held_out = {tiny.draw_prompt(random.Random(5)) for _ in range(1)}
+    tokenizer = tiny.make_tokenizer()
+    # With the generator that draws the held-out prompt first, it is drawn and left out.
+    ids, labels = tiny._batch(2, random.Random(5), tokenizer, held_out, size=4)
+    read = [tokenizer.decode(row[row != 0]) for row in ids]
+    assert not any(f"User: {p}\n" in text for p in held_out for text in read)
+    # The loss is on the reply and its end alone.
+    for row, label in zip(ids, labels, strict=True):
+        text = tokenizer.decode(row[label != -100])
+        assert "User" not in text and text.endswith(tiny.EOS)
+
+
+def test_the_base_model_is_made_once_and_the_same_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tiny.main(SMALL)
+    assert folder == Path("models/tiny-0")
+    made = (folder / "model.safetensors").read_bytes()
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    tiny.main(SMALL)
+    assert "there already" in capsys.readouterr().out
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (tiny.main(SMALL, "again") / "model.safetensors").read_bytes() == made
+    other = tiny.Recipe(steps=13, prompts=SMALL.prompts)
+    tiny.main(other)
+    assert (folder / "model.safetensors").read_bytes() != made
+    assert len((folder / "test.jsonl").read_text().splitlines()) == 20
+
+
+def test_the_demo_from_checkpoints_to_figure(tmp_path, monkeypatch):
+    """A base that has learnt little, two small runs, two ranks for one of them; the demo's own
+    evaluation, table and figure, and the log-probabilities behind top-5."""
+    monkeypatch.chdir(tmp_path)
+    base = tiny.main(tiny.Recipe(steps=500, stages=(0.1, 0.8, 0.1), prompts=(60, 10, 20)))
+    common = ["--model", str(base), "--data", str(base / "train.jsonl"), "--window", "16"]
+    small = ["--batch", "8", "--rl_steps", "2", "--sft.max_samples", "64"]
+    cycle = str(ROOT / "cycle.py")
+    see = ["--preset", "tiny", "--name", "demo/see-0", "--cycles", "2"]
+    rlcr = ["--preset", "tiny-rlcr", "--name", "demo/rlcr-0", "--epochs", "1", "--save_every", "1"]
+    finish(start_ranks(2, [cycle, *see, *common, *small], tmp_path))
+    finish(start_ranks(1, [cycle, *rlcr, *common, *small], tmp_path))
+
+    split = base / "test.jsonl"
+    runs = {
+        "SEE": demo.points(Path("runs/demo/see-0"), base, split),
+        "Adapted RLCR": demo.points(Path("runs/demo/rlcr-0"), base, split),
+    }
+    assert [p.passes for p in runs["SEE"]] == [0, 16, 32]
+    assert [p.passes for p in runs["Adapted RLCR"]] == [0, 8, 16]
+    assert [p.unique for p in runs["SEE"]] == [0, 16, 16]
+    assert runs["Adapted RLCR"][-1].updates == 2 < runs["SEE"][1].updates
+    assert 0 < runs["SEE"][1].calls <= 16 * 8 and runs["SEE"][1].calls < runs["SEE"][2].calls
+    for found in runs.values():
+        assert all(len(p.answers) == 20 for p in found)
+
+    point = runs["SEE"][-1]
+    shown = demo.figures(point)
+    assert shown["well-formed"] > 0.3 and 0 <= shown["top-5"] <= 1
+    assert "calibration" in demo.table({"base": shown, "SEE": shown})
+    demo.figure_2(runs, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 20_000
+
+    [r, *_] = [r for r in point.answers if r.score_positions]
+    [rows] = demo.digit_logp(point.checkpoint, [r])
+    model, tokenizer = load_model(point.checkpoint, torch.float32), load_tokenizer(base)
+    at = len(r.prompt_ids) + r.score_positions[2]  # coherence
+    before = torch.tensor([[*r.prompt_ids, *r.response_ids][:at]])
+    with torch.no_grad():
+        logp = model(before).logits[0, -1].log_softmax(-1)
+    digits = [tokenizer.convert_tokens_to_ids(str(d)) for d in range(10)]
+    torch.testing.assert_close(torch.tensor(rows[2]), logp[digits], rtol=1e-4, atol=1e-5)
+
+
+def test_intervals_over_seeds_by_hand():
+    # Mean 2, standard deviation 1, t(2) = 4.303: 4.303 / sqrt(3).
+    assert demo.interval([1, 2, 3]) == "2.000 ± 2.484"
+
+
+def test_evaluation_takes_the_rubric(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = tiny.main(SMALL)
+    config = evaluate.EvalConfig(
+        model=str(base), data=str(base / "dev.jsonl"), name="x", judge="rubric", template="bare",
+        prompt_tokens=64, dtype="float32", sampler="transformers",
+        sampling=evaluate.SamplingParams(max_tokens=8),
+    )  # fmt: skip
+    read, inputs = evaluate.prepare(config)
+    with closing(evaluate.load_sampler(config, inputs)) as sampler:
+        table = evaluate.run(config, read, inputs, sampler)
+    assert table["well_formed"].n == 10
