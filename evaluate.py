@@ -31,7 +31,7 @@ from hub import fetch_weights
 from logbook import Clock, check_same_config, open_folder
 from metrics import Estimate, summarise
 from reward import RewardConfig
-from rollout import OFFLINE_JUDGES, Collector, Inputs, make_judge, read_inputs
+from rollout import Collector, Inputs, make_judge, offline_judge, read_inputs
 from sampler import EngineConfig, SamplingParams, choose, make_sampler
 
 
@@ -78,7 +78,7 @@ class EvalConfig:
 
 def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
     """The prompts to answer, and all that was read. Raises ValueError or JudgeError."""
-    if config.judge not in OFFLINE_JUDGES:
+    if not offline_judge(config.judge):
         check_environment()
     inputs = read_inputs(config)
     prompts = inputs.prompts

@@ -30,7 +30,7 @@ from logbook import check_same_config, wandb_ready
 from policy import Size, attention, model_size
 from presets import MAY_CHANGE, Config
 from prompts import ATTRIBUTES, JUDGE_SYSTEM, judge_user
-from rollout import OFFLINE_JUDGES, Inputs, read_inputs
+from rollout import Inputs, offline_judge, read_inputs
 
 GB = 1e9
 
@@ -106,7 +106,7 @@ def check_options(config: Config) -> None:
 def obstacles(config: Config, setup: Setup) -> list[str]:
     """Why this machine, as it is now, could not do the run."""
     found = []
-    if config.judge not in OFFLINE_JUDGES:
+    if not offline_judge(config.judge):
         try:
             check_environment()
         except JudgeError as error:
@@ -323,7 +323,7 @@ def _schedule(config: Config, setup: Setup) -> list[str]:
 def _judge(config: Config, setup: Setup) -> list[str]:
     """Calls and cost. An answer's length is not known before it is sampled, so there are three."""
     calls = config.cycles * config.rl_steps * config.batch * config.rollouts
-    if config.judge in OFFLINE_JUDGES:
+    if offline_judge(config.judge):
         return [f"{config.judge}, {calls:,} judgements at most; offline and free"]
 
     def tokens(text: str) -> int:
@@ -362,7 +362,7 @@ def _sizes(parts: dict[str, float]) -> list[str]:
 def _files(config: Config) -> list[str]:
     last = f"{config.cycles:02d}"
     steps = f" and cycle_NN_step_NNNNN every {config.save_every} steps" if config.save_every else ""
-    cache = "" if config.judge in OFFLINE_JUDGES else ", judge_cache.jsonl"
+    cache = "" if offline_judge(config.judge) else ", judge_cache.jsonl"
     return [
         f"config.json, env.json, window.json, metrics.jsonl{cache}",
         f"rollouts/cycle_01.jsonl to cycle_{last}.jsonl: every response with its judgement",

@@ -44,7 +44,8 @@ class Config:
     HelpSteer2 train)."""
     judge: str = "gpt-5.4"
     """Model name at an OpenAI-compatible endpoint (Sec. 4.1); or "heuristic", an offline stand-in;
-    or "rubric", the miniature's."""
+    or "rubric", the miniature's ("rubric:0.3": with a probability of 0.3 a score is one off, drawn
+    anew at each call)."""
     use_references: bool = True
     """Show the judge reference responses with human labels where the data has them (App. B.3)."""
     cycles: int = 15

@@ -5,6 +5,7 @@ A rollout is judged when it finishes, while others are still being sampled. A ma
 gets the penalty and is never sent to the judge. A judge that fails for good stops the run on all
 ranks; no score is made up."""
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,14 +29,21 @@ from reward import RewardConfig
 from sampler import Request, Sample, SamplingParams, seed_of
 from tiny import RubricJudge
 
-OFFLINE_JUDGES = {"heuristic": HeuristicJudge, "rubric": RubricJudge}
+
+def offline_judge(name: str) -> HeuristicJudge | RubricJudge | None:
+    """The judge of that name if it needs no network: heuristic, rubric, or rubric:NOISE."""
+    if name == "heuristic":
+        return HeuristicJudge()
+    if re.fullmatch(r"rubric(:(0?\.\d+|0|1))?", name):
+        return RubricJudge(float(name.partition(":")[2] or 0))
+    return None
 
 
 def make_judge(config, cache: Path):
     """The judge that `config` (cycle's or evaluate's) names; the API's concurrency is shared by the
     ranks."""
-    if config.judge in OFFLINE_JUDGES:
-        return OFFLINE_JUDGES[config.judge]()
+    if offline := offline_judge(config.judge):
+        return offline
     share = max(1, config.client.concurrency // parallel.world_size())
     return LLMJudge(ChatClient(config.judge, config.client, share, cache))
 

@@ -14,6 +14,7 @@ import evaluate
 import prompts
 import tiny
 from policy import load_model, load_tokenizer
+from rollout import offline_judge
 
 SMALL = tiny.Recipe(steps=12, prompts=(60, 10, 20))
 
@@ -90,6 +91,8 @@ def test_taste_moves_a_score_by_one_at_most_and_the_judge_repeats_itself():
     noisy, calm = tiny.RubricJudge(noise=0.5), tiny.RubricJudge()
     draws = [asyncio.run(noisy.score(turns, "3.")) for _ in range(20)]
     assert len(set(draws)) > 1 and len({asyncio.run(calm.score(turns, "3.")) for _ in "ab"}) == 1
+    assert offline_judge("rubric").noise == 0 and offline_judge("rubric:0.5").noise == 0.5
+    assert offline_judge("rubric:2") is None is offline_judge("gpt-5.4")
     truth = tiny.rubric("add 1 and 2", "3.")
     assert max(abs(a - b) for d in draws for a, b in zip(d, truth, strict=True)) == 1
 
