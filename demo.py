@@ -1,21 +1,23 @@
 """The paper in miniature, offline, in minutes on two CPU cores (make demo).
 
-    python demo.py --seed 0              one seed: about five minutes
+    python demo.py --seed 0              one seed: about six minutes
     python demo.py --seeds 0 1 2 3 4     a table over seeds, two at a time with one thread each
 
 Makes the base model (tiny.py), runs SEE and Adapted RLCR at equal sample-passes (cycle.py, the
 files of the paper's run), answers the test prompts with every checkpoint (evaluate.py), and shows a
 table, Figure 2 and a few rollouts. Each stage goes on where a killed one stopped; a finished one is
-not done again. Everything of seed S lies in models/tiny-S/, runs/demo/ and results/demo/. What the
-miniature is, and what it is not, stands in tiny.py.
+not done again, unless the base model's recipe has changed. Everything lies in models/tiny-SEED/,
+runs/demo/ and results/demo/. What the miniature is, and what it is not, stands in tiny.py.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -47,6 +49,7 @@ from policy import load_model, load_tokenizer, micro_batches
 from presets import PRESETS
 from prompts import ATTRIBUTES, digit_ids
 from reward import calibration
+from tiny import Recipe, recipe_hash
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -92,24 +95,28 @@ def points(run: Path, base: Path, split: Path) -> list[Point]:
     `split`."""
     found = [Point(0, 0, 0, 0, base, answers(base, "base", split, run))]
     window = len(json.loads((run / "window.json").read_text()))
+    lines = read_metrics(run)
+    judged = Counter(
+        (r.cycle, r.step)
+        for path in (run / "rollouts").glob("*.jsonl")
+        for r in buffer.read(path)
+        if r.judge_scores is not None
+    )
     for checkpoint in sorted((run / "checkpoints").iterdir(), key=lambda p: p.name + "~"):
         _, cycle, *rest = checkpoint.name.split("_")
-        lines = read_metrics(run)
-        rl = [m for m in lines if m["phase"] == "rl" and m["cycle"] <= int(cycle)]
-        if rest:  # in the middle of a phase
-            rl = [m for m in rl if m["cycle"] < int(cycle) or m["step"] <= int(rest[1])]
-        sft = [m for m in lines if m["phase"] == "sft" and m["cycle"] <= int(cycle)]
-        steps = {(m["cycle"], m["step"]) for m in rl}
-        judged = sum(
-            r.judge_scores is not None
-            for path in (run / "rollouts").glob("*.jsonl")
-            for r in buffer.read(path)
-            if (r.cycle, r.step) in steps
-        )
+        last = (int(cycle), int(rest[1]) if rest else math.inf)  # in the middle of a phase, or not
+        rl = [m for m in lines if m["phase"] == "rl" and (m["cycle"], m["step"]) <= last]
+        sft = [m for m in lines if m["phase"] == "sft" and m["cycle"] <= last[0]]
         passes = rl[-1]["sample_passes"]
-        got = answers(checkpoint, f"{run.name}-{checkpoint.name}", split, run)
         found.append(
-            Point(passes, judged, len(rl) + len(sft), min(passes, window), checkpoint, got)
+            Point(
+                passes=passes,
+                calls=sum(judged[m["cycle"], m["step"]] for m in rl),
+                updates=len(rl) + len(sft),
+                unique=min(passes, window),
+                checkpoint=checkpoint,
+                answers=answers(checkpoint, f"{run.name}-{checkpoint.name}", split, run),
+            )
         )
     return found
 
@@ -234,7 +241,8 @@ def look_at(rollouts: Sequence[Rollout], prompts: dict[str, str], count: int = 6
 def one_seed(seed: int) -> None:
     base = Path(f"models/tiny-{seed}")
     common = ("--model", base, "--data", base / "train.jsonl", "--seed", 42 + seed)
-    names = {"SEE": f"demo/see-{seed}", "Adapted RLCR": f"demo/rlcr-{seed}"}
+    made = recipe_hash(Recipe(seed))[:6]  # another base model is another run
+    names = {"SEE": f"demo/see-{seed}-{made}", "Adapted RLCR": f"demo/rlcr-{seed}-{made}"}
     stage(
         "1 of 4, base model: pretraining on the miniature world (about 3 minutes)",
         command("tiny.py", "--seed", seed),
