@@ -35,7 +35,15 @@ import parallel
 from client import Background, JudgeError
 from files import append_line, write_text
 from grpo import make_optimizer, response_row, rl_step
-from logbook import Clock, coloured, open_folder, open_wandb, read_metrics, trim_metrics
+from logbook import (
+    Clock,
+    checkpoints,
+    coloured,
+    open_folder,
+    open_wandb,
+    read_metrics,
+    trim_metrics,
+)
 from plan import Setup, describe, look, prepare, step_batches
 from policy import Row, export, load_policy
 from presets import Config, parse
@@ -75,14 +83,7 @@ class Run:
         self._open_folder()
         with self.clock("loading"):
             self.sampler = make_sampler(  # first: vLLM measures free memory
-                config.sampler,
-                setup.inputs.model,
-                setup.inputs.tokenizer,
-                dtype=config.policy.dtype,
-                longest=config.prompt_tokens + config.sampling.max_tokens,
-                rows=config.sample_rows,
-                seed=config.seed,
-                engine=config.engine,
+                config, setup.inputs.model, setup.inputs.tokenizer, config.policy.dtype
             )
             self.policy = load_policy(setup.inputs.model, config.policy)
             self.reference = load_policy(setup.inputs.model, config.policy, trainable=False)
@@ -123,7 +124,8 @@ class Run:
                     cycle, step, batches[step - 1], on_file, self._rollout_file(cycle), version
                 )
                 self.sampler.rest()
-                self._show(step == done + 1, [response_row(r) for r in rollouts])
+                if self.config.show_batch and step == done + 1:
+                    self._show(response_row(rollouts[0]))
                 update = self._rl_step(optimizer, rollouts)  # lines 6, 19
                 self._log(cycle, "rl", step, figures(rollouts) | update)
                 self._save_in_phase_1(cycle, step, optimizer)
@@ -199,7 +201,8 @@ class Run:
 
     def _distil(self, selected: list[buffer.Rollout], cycle: int) -> Iterator[dict]:
         tokenizer = self.setup.inputs.tokenizer
-        self._show(bool(selected), [distillation_row(r, tokenizer) for r in selected[:1]])
+        if self.config.show_batch and selected:
+            self._show(distillation_row(selected[0], tokenizer))
         updates = distil(
             self.policy,
             tokenizer,
@@ -231,13 +234,10 @@ class Run:
 
     def _export(self, name: str) -> None:
         """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
-        checkpoints = self.folder / "checkpoints"
         with self.clock("saving"):
-            export(self.policy, self.setup.inputs.tokenizer, checkpoints / name)
+            export(self.policy, self.setup.inputs.tokenizer, self.folder / "checkpoints" / name)
         if self.config.keep_checkpoints and parallel.rank() == 0:
-            # "~" sorts after "_": a cycle's last checkpoint is newer than those of its steps.
-            oldest_first = sorted(checkpoints.glob("cycle_*"), key=lambda p: p.name + "~")
-            for old in oldest_first[: -self.config.keep_checkpoints]:
+            for old in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
 
     # Progress, log
@@ -245,10 +245,9 @@ class Run:
     def _progress(self, items, label: str):
         return tqdm(items, desc=f"{label} ({self.config.name})", disable=parallel.rank() != 0)
 
-    def _show(self, wanted: bool, rows: list[Row]) -> None:
-        """With --show_batch: what the loss sees of the first row of a phase."""
-        if wanted and self.config.show_batch and rows:
-            parallel.print0(coloured(rows[0].ids, rows[0].mask, self.setup.inputs.tokenizer))
+    def _show(self, row: Row) -> None:
+        """What the loss sees of a row."""
+        parallel.print0(coloured(row.ids, row.mask, self.setup.inputs.tokenizer))
 
     def _log(self, cycle: int, phase: str, step: int, values: dict) -> None:
         steps = step if phase in ("rl", "setup") else self.config.rl_steps

@@ -36,13 +36,13 @@ from buffer import Rollout
 from data import load_prompts
 from files import write_text
 from grpo import response_row
-from logbook import read_metrics
+from logbook import checkpoints, read_metrics
 from metrics import (
+    Estimate,
     best_constant,
     constant_top_k,
     correlation,
     shuffled_calibration,
-    summarise,
     top_k_accuracy,
 )
 from policy import load_model, load_tokenizer, micro_batches
@@ -88,12 +88,13 @@ class Point(NamedTuple):
     unique: int  # unique prompts
     checkpoint: Path
     answers: list[Rollout]
+    table: dict[str, Estimate]  # their figures
 
 
 def points(run: Path, base: Path, split: Path) -> list[Point]:
     """The base model and every checkpoint of a run, each with its answers to the prompts in
     `split`."""
-    found = [Point(0, 0, 0, 0, base, answers(base, "base", split, run))]
+    found = [Point(0, 0, 0, 0, base, *answers(base, "base", split, run))]
     window = len(json.loads((run / "window.json").read_text()))
     lines = read_metrics(run)
     judged = Counter(
@@ -102,27 +103,24 @@ def points(run: Path, base: Path, split: Path) -> list[Point]:
         for r in buffer.read(path)
         if r.judge_scores is not None
     )
-    for checkpoint in sorted((run / "checkpoints").iterdir(), key=lambda p: p.name + "~"):
+    for checkpoint in checkpoints(run):
         _, cycle, *rest = checkpoint.name.split("_")
         last = (int(cycle), int(rest[1]) if rest else math.inf)  # in the middle of a phase, or not
         rl = [m for m in lines if m["phase"] == "rl" and (m["cycle"], m["step"]) <= last]
         sft = [m for m in lines if m["phase"] == "sft" and m["cycle"] <= last[0]]
         passes = rl[-1]["sample_passes"]
-        found.append(
-            Point(
-                passes=passes,
-                calls=sum(judged[m["cycle"], m["step"]] for m in rl),
-                updates=len(rl) + len(sft),
-                unique=min(passes, window),
-                checkpoint=checkpoint,
-                answers=answers(checkpoint, f"{run.name}-{checkpoint.name}", split, run),
-            )
-        )
+        calls = sum(judged[m["cycle"], m["step"]] for m in rl)
+        updates, unique = len(rl) + len(sft), min(passes, window)
+        got = answers(checkpoint, f"{run.name}-{checkpoint.name}", split, run)
+        found.append(Point(passes, calls, updates, unique, checkpoint, *got))
     return found
 
 
-def answers(checkpoint: Path, name: str, split: Path, run: Path) -> list[Rollout]:
-    """One answer to each prompt of the split at the training temperature, judged."""
+def answers(
+    checkpoint: Path, name: str, split: Path, run: Path
+) -> tuple[list[Rollout], dict[str, Estimate]]:
+    """One answer to each prompt of the split at the training temperature, judged, and their
+    figures."""
     trained = PRESETS["tiny"]
     config = evaluate.EvalConfig(
         model=str(checkpoint),
@@ -138,10 +136,9 @@ def answers(checkpoint: Path, name: str, split: Path, run: Path) -> list[Rollout
     )
     prompts, inputs = evaluate.prepare(config)
     with closing(evaluate.load_sampler(config, inputs)) as sampler:
-        evaluate.run(config, prompts, inputs, sampler)
-    folder = Path("results") / config.name
-    version = sampler.weight_version
-    return [r for r in buffer.read(folder / "rollouts.jsonl") if r.weight_version == version]
+        table = evaluate.run(config, prompts, inputs, sampler)
+    on_file = buffer.read(Path("results") / config.name / "rollouts.jsonl")
+    return [r for r in on_file if r.weight_version == sampler.weight_version], table
 
 
 @torch.no_grad()
@@ -170,13 +167,12 @@ def figures(point: Point) -> dict[str, float | None]:
     """What the table shows of a checkpoint."""
     valid = [r for r in point.answers if r.score_positions is not None and r.judge_scores]
     judge = [r.judge_scores for r in valid]
-    table = summarise([(r.prompt_id, r.self_scores, r.judge_scores) for r in point.answers])
     constant = best_constant(judge)
     at = ATTRIBUTES.index("correctness")
     return {
-        "well-formed": table["well_formed"].mean,
-        "quality": table["quality"].mean,
-        "calibration": table["calibration"].mean,
+        "well-formed": point.table["well_formed"].mean,
+        "quality": point.table["quality"].mean,
+        "calibration": point.table["calibration"].mean,
         "  of its scores shuffled": shuffled_calibration(
             [(r.self_scores, r.judge_scores) for r in valid]
         ),
@@ -192,14 +188,16 @@ def figures(point: Point) -> dict[str, float | None]:
     }  # fmt: skip
 
 
-def table(columns: dict[str, dict[str, float | None]]) -> str:
-    names = list(next(iter(columns.values())))
-    lines = [f"{'':<26}" + "".join(f"{title:>16}" for title in columns)]
-    for name in names:
-        values = (columns[title][name] for title in columns)
-        lines.append(
-            f"{name:<26}" + "".join(f"{'-' if v is None else format(v, '.3f'):>16}" for v in values)
-        )
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def table(columns: dict[str, dict], cell: Callable[[object], str] = number, width: int = 16) -> str:
+    """Columns {title: {row: value}} as text; `cell` writes a value."""
+    lines = [f"{'':<26}" + "".join(f"{title:>{width}}" for title in columns)]
+    for name in next(iter(columns.values())):
+        cells = (cell(values[name]) for values in columns.values())
+        lines.append(f"{name:<26}" + "".join(f"{text:>{width}}" for text in cells))
     return "\n".join(lines)
 
 
@@ -212,9 +210,7 @@ def figure_2(runs: dict[str, list[Point]], path: Path) -> None:
         for row, metric in enumerate(("quality", "calibration")):
             axis = axes[row][column]
             for title, found in runs.items():
-                rows = [[(r.prompt_id, r.self_scores, r.judge_scores) for r in p.answers]
-                        for p in found]  # fmt: skip
-                estimates = [summarise(r)[metric] for r in rows]
+                estimates = [p.table[metric] for p in found]
                 axis.errorbar(
                     [getattr(p, field) for p in found], [e.mean for e in estimates],
                     [e.se or 0 for e in estimates], marker="o", markersize=3, capsize=2,
@@ -266,9 +262,9 @@ def one_seed(seed: int) -> None:
         )
         columns = {"base": runs["SEE"][0]} | {title: runs[title][-1] for title in COLOURS}
         shown = {title: figures(point) for title, point in columns.items()}
-    figure_2(runs, FOLDER / ("figure2.png" if seed == 0 else f"figure2-{seed}.png"))
-    by_cycle = [sum(r.self_scores is not None for r in p.answers) / len(p.answers)
-                for p in runs["SEE"][1:]]  # fmt: skip
+    figure = FOLDER / ("figure2.png" if seed == 0 else f"figure2-{seed}.png")
+    figure_2(runs, figure)
+    by_cycle = [p.table["well_formed"].mean for p in runs["SEE"][1:]]
     write_text(table_file(seed), json.dumps(shown | {"SEE, well-formed by cycle": by_cycle}))
 
     train = load_prompts(base / "train.jsonl")
@@ -279,7 +275,7 @@ def one_seed(seed: int) -> None:
     print(
         f"{table(shown)}\n\nlowest well-formed rate after any of SEE's cycles {min(by_cycle):.3f}"
     )
-    print(f"Figure 2: {FOLDER}/figure2{'' if seed == 0 else f'-{seed}'}.png")
+    print(f"Figure 2: {figure}")
 
 
 def table_file(seed: int) -> Path:
@@ -290,7 +286,6 @@ def many_seeds(seeds: Sequence[int]) -> None:
     """Two at a time, then mean and 95 % interval over seeds (Student's t)."""
 
     def run(seed: int) -> None:
-        FOLDER.mkdir(parents=True, exist_ok=True)
         with open(FOLDER / f"log-{seed}.txt", "a") as log:
             line = [sys.executable, __file__, "--seed", str(seed)]
             one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -300,12 +295,12 @@ def many_seeds(seeds: Sequence[int]) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, seeds))
     tables = [json.loads(table_file(seed).read_text()) for seed in seeds]
-    lines = [f"{'':<26}" + "".join(f"{title:>20}" for title in ("base", *COLOURS))]
-    for name in tables[0]["base"]:
-        cells = [interval([t[title][name] for t in tables]) for title in ("base", *COLOURS)]
-        lines.append(f"{name:<26}" + "".join(f"{cell:>20}" for cell in cells))
+    columns = {
+        title: {name: [t[title][name] for t in tables] for name in tables[0][title]}
+        for title in ("base", *COLOURS)
+    }
     print(f"\n512 test prompts, temperature 0.8, seeds {', '.join(map(str, seeds))}\n")
-    print("\n".join(lines))
+    print(table(columns, cell=interval, width=20))
     for seed, t in zip(seeds, tables, strict=True):
         see, rlcr, start = t["SEE"], t["Adapted RLCR"], t["base"]
         print(

@@ -109,17 +109,8 @@ def weights_id(folder: Path) -> str:
 
 def load_sampler(config: EvalConfig, inputs: Inputs):
     """The sampler with the checkpoint's weights, labelled by what tells their files apart."""
-    return make_sampler(
-        config.sampler,
-        inputs.model,
-        inputs.tokenizer,
-        dtype=config.dtype,
-        longest=config.prompt_tokens + config.sampling.max_tokens,
-        rows=config.sample_rows,
-        seed=config.seed,
-        engine=config.engine,
-        version=weights_id(inputs.model),
-    )
+    version = weights_id(inputs.model)
+    return make_sampler(config, inputs.model, inputs.tokenizer, config.dtype, version)
 
 
 def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> dict[str, Estimate]:

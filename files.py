@@ -3,7 +3,10 @@
 import fcntl
 import json
 import os
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,6 +27,18 @@ def publish(aside: Path, target: Path) -> None:
         os.fsync(fd)
         os.close(fd)
     os.rename(aside, target)
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` once the block has ended
+    well."""
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    shutil.rmtree(folder, ignore_errors=True)
+    publish(aside, folder)
 
 
 def append_line(path: Path, row: dict) -> None:

@@ -150,6 +150,12 @@ def coloured(ids: Sequence[int], mask: Sequence[bool], tokenizer) -> str:
     return f"{text}\n[{len(ids)} tokens, {sum(mask)} of them in the loss]"
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first: "~" sorts after "_", so a cycle's last one follows those
+    of its steps."""
+    return sorted((folder / "checkpoints").glob("cycle_*"), key=lambda path: path.name + "~")
+
+
 def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -31,6 +31,7 @@ from policy import Size, attention, model_size
 from presets import MAY_CHANGE, Config
 from prompts import ATTRIBUTES, JUDGE_SYSTEM, judge_user
 from rollout import Inputs, offline_judge, read_inputs
+from sampler import longest_row
 
 GB = 1e9
 
@@ -42,6 +43,7 @@ class Setup:
     folder: Path
     window: list[Prompt]
     inputs: Inputs
+    size: Size  # of the model
 
 
 def prepare(config: Config) -> Setup:
@@ -75,7 +77,7 @@ def look(config: Config) -> Setup:
             f"{folder} holds a run on other prompts: {config.data} has changed; choose another "
             "--name"
         )
-    return Setup(folder, window, inputs)
+    return Setup(folder, window, inputs, model_size(inputs.model))
 
 
 def check_options(config: Config) -> None:
@@ -124,7 +126,7 @@ def obstacles(config: Config, setup: Setup) -> list[str]:
             "--policy.micro_batch_tokens or --engine.* (--dry_run shows the whole plan; --preset "
             "small is a run for two CPU cores)"
         )
-    longest, seats = _longest(config), kv_tokens(config, setup)
+    longest, seats = longest_row(config), kv_tokens(config, setup)
     if config.sampler == "vllm" and longest > seats:
         found.append(
             f"vLLM's cache holds about {seats:,} tokens and one rollout may take {longest:,}; "
@@ -164,10 +166,10 @@ def ranks() -> int:
 def memory(config: Config, setup: Setup) -> dict[str, float]:
     """Peak of one rank by formula. P parameters, R ranks; activations and logits are those of one
     micro-batch."""
-    m, r = model_size(setup.inputs.model), ranks()
+    m, r = setup.size, ranks()
     compute = _bytes(config.policy.dtype)
     kept = _bytes(config.policy.parameters)
-    tokens = max(config.policy.micro_batch_tokens, _longest(config))
+    tokens = max(config.policy.micro_batch_tokens, longest_row(config))
     layers_kept = 1 if config.policy.gradient_checkpointing else m.layers
     scored = min(config.policy.head_tokens, tokens)
     return {
@@ -196,16 +198,12 @@ def _sampler_memory(config: Config, m: Size) -> float:
 
 def kv_tokens(config: Config, setup: Setup) -> int:
     """Tokens that vLLM's KV cache holds on one rank."""
-    m, size = model_size(setup.inputs.model), _bytes(config.policy.dtype)
+    m, size = setup.size, _bytes(config.policy.dtype)
     if torch.cuda.is_available():
         cache = config.engine.gpu_memory * memory_per_rank() - size * m.parameters
     else:
         cache = config.engine.kv_cache_gb * 2**30
     return max(0, int(cache / (size * m.kv_per_token)))
-
-
-def _longest(config: Config) -> int:
-    return config.prompt_tokens + config.sampling.max_tokens
 
 
 def memory_per_rank() -> float:
@@ -218,7 +216,7 @@ def memory_per_rank() -> float:
 
 def disk(config: Config, setup: Setup) -> dict[str, float]:
     """What the run's folder grows to, the responses and judgements (a few GB at most) left out."""
-    m = model_size(setup.inputs.model)
+    m = setup.size
     checkpoints = config.cycles * (config.rl_steps // config.save_every if config.save_every else 1)
     kept = _bytes(config.policy.parameters)
     optimizer_and_reference = 2 * kept + _bytes(config.policy.dtype)
@@ -264,7 +262,7 @@ def describe(config: Config, setup: Setup) -> str:
 
 
 def _inputs(config: Config, setup: Setup) -> list[str]:
-    inputs, m = setup.inputs, model_size(setup.inputs.model)
+    inputs, m = setup.inputs, setup.size
     lengths = sorted(len(inputs.prompt_ids[p.id]) for p in setup.window)
     first = step_batches(config, setup.window, 1)[0]
     conversation = first[0].conversation[-1]["content"].strip().splitlines()[0]

@@ -13,7 +13,6 @@ Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V v
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 import parallel
-from files import publish
+from files import fresh_folder
 
 MODEL_TYPES = (
     "llama",
@@ -261,22 +260,18 @@ def load_policy(folder: str | Path, config: PolicyConfig, trainable: bool = True
 def export(policy: Policy, tokenizer, folder: Path) -> None:
     """Write a plain Hugging Face folder in bf16, which from_pretrained and vLLM load as it is.
     Collective."""
-    aside = folder.with_name(folder.name + ".tmp")
     weights = {}
     for name, tensor in policy.full_weights(torch.bfloat16):
         if parallel.rank() == 0:
             weights[name] = tensor.cpu().contiguous()
     if parallel.rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
         config = json.loads(policy.model.config.to_json_string(use_diff=True))
         config |= {"architectures": [type(policy.model).__name__], "dtype": "bfloat16"}
-        (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-        policy.model.generation_config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        publish(aside, folder)
+        with fresh_folder(folder) as aside:
+            save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+            (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+            policy.model.generation_config.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
     parallel.barrier()
 
 

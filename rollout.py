@@ -26,7 +26,7 @@ from logbook import Clock
 from policy import check_model_folder, load_tokenizer
 from prompts import check_tokenizer, parse_self_eval, prompt_ids, score_positions, stray
 from reward import RewardConfig
-from sampler import Request, Sample, SamplingParams, seed_of
+from sampler import Request, Sample, SamplingParams, longest_row, seed_of
 from tiny import RubricJudge
 
 
@@ -62,7 +62,7 @@ def read_inputs(config) -> Inputs:
     """Check the model folder and its tokenizer, read and tokenise the prompts (`config` is cycle's
     or evaluate's). A hub model's weights are not fetched yet. Raises ValueError."""
     model = model_folder(config.model)
-    check_model_folder(model, config.prompt_tokens + config.sampling.max_tokens)
+    check_model_folder(model, longest_row(config))
     prompts = load_prompts(data_file(config.data))
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer)

@@ -98,23 +98,18 @@ def choose(kind: str) -> str:
     return kind if kind != "auto" else "vllm" if installed else "transformers"
 
 
-def make_sampler(
-    kind: str,
-    folder: Path,
-    tokenizer,
-    *,
-    dtype: str,
-    longest: int,
-    rows: int,
-    seed: int,
-    engine: EngineConfig,
-    version: str = "as loaded",
-):
-    """A sampler with the weights in `folder`; `longest` is prompt + response in tokens, `rows` the
-    most rollouts sampled at once. Collective; before the policy is loaded, because vLLM measures
-    free memory."""
-    if choose(kind) == "vllm":
-        return VLLMSampler(folder, tokenizer, dtype, longest, rows, seed, engine, version)
+def longest_row(config) -> int:
+    """Tokens of the longest prompt and response together (`config` is cycle's or evaluate's)."""
+    return config.prompt_tokens + config.sampling.max_tokens
+
+
+def make_sampler(config, folder: Path, tokenizer, dtype: str, version: str = "as loaded"):
+    """The sampler that `config` (cycle's or evaluate's) names, with the weights in `folder`.
+    Collective; before the policy is loaded, because vLLM measures free memory."""
+    rows = config.sample_rows
+    if choose(config.sampler) == "vllm":
+        longest, engine = longest_row(config), config.engine
+        return VLLMSampler(folder, tokenizer, dtype, longest, rows, config.seed, engine, version)
     model = load_model(folder, getattr(torch, dtype))
     return TransformersSampler(model, tokenizer, rows, version)
 

@@ -23,7 +23,6 @@ import json
 import math
 import random
 import re
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from files import publish, write_text
+from files import fresh_folder, write_text
 from prompts import ATTRIBUTES, CLOSE, OPEN, Scores, Turn, policy_prompt, render_response
 
 # --------------------------------------------------------------------------------------------------
@@ -380,20 +379,14 @@ def main(recipe: Recipe, out: str = "") -> Path:
         return folder
     tokenizer, splits = make_tokenizer(), draw_splits(recipe)
     model = pretrain(recipe, tokenizer, {*splits[1], *splits[2]})
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    for name, split in zip(("train", "dev", "test"), splits, strict=True):
-        write_text(
-            aside / f"{name}.jsonl", "".join(json.dumps({"prompt": p}) + "\n" for p in split)
-        )
-    write_text(
-        aside / "recipe.json", json.dumps(asdict(recipe) | {"hash": recipe_hash(recipe)}, indent=2)
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(aside, folder)
+    with fresh_folder(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for name, split in zip(("train", "dev", "test"), splits, strict=True):
+            rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in split]
+            write_text(aside / f"{name}.jsonl", "".join(rows))
+        made = asdict(recipe) | {"hash": recipe_hash(recipe)}
+        write_text(aside / "recipe.json", json.dumps(made, indent=2))
     return folder
 
 

@@ -92,15 +92,14 @@ def main(folder: str, out: str) -> None:
             params = SamplingParams(temperature=0.8, top_p=0.9, top_k=25, max_tokens=1)
             said["drawn"] = [s.response_ids[0] for s in sampler.sample(many, params)]
         with torch.no_grad():  # every rank: a forward is a collective
-            whole = load_policy(folder, PolicyConfig(), trainable=False)
-            parallel.copy_shards(policy, whole)
+            parallel.copy_shards(policy, scoring)
             row = torch.tensor([tokenizer.encode(TEXTS[0])])
             every = row.repeat(len(tokenizer), 1)
             every = torch.cat([every, torch.arange(len(tokenizer))[:, None]], dim=1)  # (V, T + 1)
             scored = torch.zeros(every.shape, dtype=torch.bool)
             scored[:, -1] = True
             positions = torch.arange(every.shape[1]).expand_as(every)
-            said["logp"] = whole(every, positions, scored).logp_t1[:, -1].tolist()  # (V,)
+            said["logp"] = scoring(every, positions, scored).logp_t1[:, -1].tolist()  # (V,)
 
         # Steps of training: the engine follows, in place, several times.
         for step in range(1, 4):
