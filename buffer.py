@@ -68,6 +68,14 @@ def append(path: Path, rollout: Rollout) -> None:
     append_line(path, asdict(rollout))
 
 
+def from_row(row: dict) -> Rollout:
+    """A rollout from its line; fields of other versions are passed over."""
+    names = {f.name for f in fields(Rollout)}
+    return Rollout(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in names}
+    )
+
+
 def read(path: Path) -> list[Rollout]:
     """All rollouts of a file; of two with the same key the later one. A torn last line is left out
     with a warning.
@@ -76,7 +84,6 @@ def read(path: Path) -> list[Rollout]:
     """
     if not path.exists():
         return []
-    names = {f.name for f in fields(Rollout)}
     found: dict[tuple, Rollout] = {}
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
@@ -85,10 +92,7 @@ def read(path: Path) -> list[Rollout]:
             )
             continue
         try:
-            row = json.loads(line)
-            rollout = Rollout(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in names}
-            )
+            rollout = from_row(json.loads(line))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}:{number}: not a rollout ({error}); remove the line or the file"

@@ -35,6 +35,8 @@ import parallel
 from client import Background, JudgeError
 from files import append_line, write_text
 from grpo import make_optimizer, response_row, rl_step
+from judge import make_judge
+from ledger import LEDGER
 from logbook import (
     Clock,
     checkpoints,
@@ -47,7 +49,7 @@ from logbook import (
 from plan import Setup, describe, look, prepare, step_batches
 from policy import Row, export, load_policy
 from presets import Config, parse
-from rollout import Collector, figures, in_buffer, make_judge
+from rollout import Collector, figures, in_buffer
 from sampler import choose, make_sampler
 from sft_masked import distil, distillation_row
 
@@ -65,7 +67,7 @@ def main(config: Config | None = None) -> None:
             plan = describe(config, look(config))
             return print(plan) if first else None
         setup = prepare(config)
-    except (ValueError, JudgeError) as error:
+    except ValueError as error:
         raise SystemExit(f"error: {error}" if first else 1) from None
     with parallel.process_group(), closing(Run(config, setup)) as run:
         try:
@@ -90,7 +92,7 @@ class Run:
         self.names = {p: name for name, p in self.policy.named_parameters()}
         self.collector = Collector(
             sampler=self.sampler,
-            judge=make_judge(config, self.folder / "judge_cache.jsonl"),
+            judge=make_judge(config, self.folder / LEDGER, *parallel.place()),
             tokenizer=setup.inputs.tokenizer,
             prompts={p.id: p for p in setup.window},
             prompt_ids=setup.inputs.prompt_ids,
@@ -127,7 +129,7 @@ class Run:
                 if self.config.show_batch and step == done + 1:
                     self._show(response_row(rollouts[0]))
                 update = self._rl_step(optimizer, rollouts)  # lines 6, 19
-                self._log(cycle, "rl", step, figures(rollouts) | update)
+                self._log(cycle, "rl", step, figures(rollouts) | update | self.collector.spent())
                 self._save_in_phase_1(cycle, step, optimizer)
 
             # Line 20: the buffer, the same on every rank

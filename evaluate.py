@@ -24,14 +24,17 @@ from tqdm import tqdm
 
 import buffer
 import parallel
-from client import Background, ClientConfig, JudgeError, check_environment
+from client import Background, JudgeError
 from data import Prompt
+from endpoint import ClientConfig, Endpoint
 from files import write_text
 from hub import fetch_weights
+from judge import make_judge
+from ledger import LEDGER
 from logbook import Clock, check_same_config, open_folder
-from metrics import Estimate, summarise
+from metrics import Estimate, render, summarise
 from reward import RewardConfig
-from rollout import Collector, Inputs, make_judge, offline_judge, read_inputs
+from rollout import Collector, Inputs, read_inputs
 from sampler import EngineConfig, SamplingParams, choose, make_sampler
 
 
@@ -46,8 +49,9 @@ class EvalConfig:
     name: str
     """Results go to results/NAME."""
     judge: str = "gpt-5.4"
-    """Model name at an OpenAI-compatible endpoint (Sec. 4.1); or "heuristic", an offline stand-in
-    that says nothing about real judging; or "rubric", the miniature's."""
+    """Model name at an OpenAI-compatible endpoint (Sec. 4.1, see endpoint.py); or replay:FILE, the
+    judgements of an earlier run; or "heuristic", an offline stand-in that says nothing about real
+    judging; or "rubric", the miniature's."""
     samples: int = 1
     """Samples per prompt."""
     limit: int = 0
@@ -73,13 +77,13 @@ class EvalConfig:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    endpoint: Endpoint = field(default_factory=Endpoint)
     client: ClientConfig = field(default_factory=ClientConfig)
 
 
 def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
-    """The prompts to answer, and all that was read. Raises ValueError or JudgeError."""
-    if not offline_judge(config.judge):
-        check_environment()
+    """The prompts to answer, and all that was read. Raises ValueError."""
+    make_judge(config, Path("results") / config.name / LEDGER, parallel.ranks())
     inputs = read_inputs(config)
     prompts = inputs.prompts
     if config.exclude_window:
@@ -119,7 +123,7 @@ def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> d
     if parallel.rank() == 0:
         open_folder(folder, config, inputs.model)
     parallel.barrier()
-    judge = make_judge(config, folder / "judge_cache.jsonl")
+    judge = make_judge(config, folder / LEDGER, *parallel.place())
     collector = Collector(
         sampler=sampler,
         judge=judge,
@@ -152,20 +156,11 @@ def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> d
     ]
     table = summarise(rows, config.reward.gamma)
     if parallel.rank() == 0:
-        summary = {"judge": judge.name, "prompts": len(prompts)}
+        shown = sum(bool(p.references) for p in prompts) if config.use_references else 0
+        summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
         summary["metrics"] = {name: estimate._asdict() for name, estimate in table.items()}
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
     return table
-
-
-def render(table: dict[str, Estimate]) -> str:
-    """A line per metric: mean, standard error, responses."""
-
-    def line(name: str, e: Estimate) -> str:
-        mean, se = ("-" if x is None else f"{x:.4f}" for x in (e.mean, e.se))
-        return f"{name:<22} {mean:>8} ± {se:<7} n = {e.n}"
-
-    return "\n".join(line(name, estimate) for name, estimate in table.items())
 
 
 def main() -> None:
@@ -173,7 +168,7 @@ def main() -> None:
     try:
         config = dataclasses.replace(config, sampler=choose(config.sampler))
         prepared = prepare(config)
-    except (ValueError, JudgeError) as error:
+    except ValueError as error:
         raise SystemExit(
             f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
         ) from None

@@ -43,17 +43,27 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 
 def append_line(path: Path, row: dict) -> None:
     """Add a line of JSON in one locked write, on disk when this returns; processes can share a
-    file."""
+    file. What a kill left of a half-written last line is dropped first."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
-    with open(path, "ab", buffering=0) as f:
-        fcntl.lockf(f, fcntl.LOCK_EX)
-        f.write(line.encode())
+    with open(path, "a+b", buffering=0) as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        _drop_torn(path, f)
+        f.write(line.encode(errors="backslashreplace"))  # a lone surrogate as JSON's own escape
         os.fsync(f.fileno())
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off what a kill left of a half-written last line, before anything is appended to it."""
-    whole = path.read_bytes().rfind(b"\n") + 1
-    if whole < path.stat().st_size:
-        warnings.warn(f"{path}: its last line was cut short and is dropped", stacklevel=2)
-        os.truncate(path, whole)
+    """Cut off what a kill left of a half-written last line."""
+    with open(path, "r+b", buffering=0) as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        _drop_torn(path, f)
+
+
+def _drop_torn(path: Path, f) -> None:
+    if not (end := f.seek(0, os.SEEK_END)):
+        return
+    f.seek(end - 1)
+    if f.read(1) != b"\n":
+        warnings.warn(f"{path}: its last line was cut short and is dropped", stacklevel=3)
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import combinations
 from statistics import median_low
 from typing import NamedTuple
 
@@ -75,6 +76,16 @@ def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> 
     return table
 
 
+def render(table: dict[str, Estimate]) -> str:
+    """A line per metric: mean, standard error, n."""
+
+    def line(name: str, e: Estimate) -> str:
+        mean, se = ("-" if x is None else f"{x:.4f}" for x in (e.mean, e.se))
+        return f"{name:<22} {mean:>8} ± {se:<7} n = {e.n}"
+
+    return "\n".join(line(name, estimate) for name, estimate in table.items())
+
+
 def best_constant(judge: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -> Scores:
     """The one vector whose calibration against all these judge scores is highest, found from the
     medians by changing one attribute at a time."""
@@ -129,3 +140,87 @@ def constant_top_k(judge: Sequence[Scores], k: int = 5) -> float | None:
     counts = [Counter(scores) for scores in zip(*judge, strict=True)]
     ranking = [[float(count[digit]) for digit in range(10)] for count in counts]
     return top_k_accuracy([ranking] * len(judge), judge, k)
+
+
+# --------------------------------------------------------------------------------------------------
+# Judges against each other, against themselves, and as referees
+
+
+class Agreement(NamedTuple):
+    exact: Estimate  # share of equal scores
+    within_1: Estimate
+    mae: Estimate  # points of 0-9
+
+
+def agreement(pairs: Sequence[tuple[str, Scores, Scores]]) -> dict[str, Agreement]:
+    """By attribute, of (prompt_id, one's scores, the other's) per answer."""
+    prompts = [prompt for prompt, _, _ in pairs]
+    table = {}
+    for a, name in enumerate(ATTRIBUTES):
+        apart = [abs(x[a] - y[a]) for _, x, y in pairs]
+        table[name] = Agreement(
+            clustered_mean([float(d == 0) for d in apart], prompts),
+            clustered_mean([float(d <= 1) for d in apart], prompts),
+            clustered_mean(apart, prompts),
+        )
+    return table
+
+
+def self_agreement(
+    prompts: Sequence[str], draws: Sequence[Sequence[Scores]]
+) -> dict[str, Agreement]:
+    """Of a judge's several scores for the same answer, over all pairs of them."""
+    return agreement(
+        [(p, x, y) for p, d in zip(prompts, draws, strict=True) for x, y in combinations(d, 2)]
+    )
+
+
+def ceiling(
+    prompts: Sequence[str],
+    draws: Sequence[Sequence[Scores]],
+    gamma: float = reward.RewardConfig.gamma,
+) -> dict[str, Estimate]:
+    """The calibration of one who knows the judge, but not its next score: of k >= 2 scores for an
+    answer each is held out once and foretold by the (lower) medians of the others. Beside it, what
+    another single score and the best constant reach."""
+    ids, others, one, fixed = [], [], [], []
+    constant = best_constant([d for row in draws for d in row], gamma)
+    for prompt, row in zip(prompts, draws, strict=True):
+        for k, held_out in enumerate(row):
+            rest = [d for i, d in enumerate(row) if i != k]
+            medians = [median_low(scores) for scores in zip(*rest, strict=True)]
+            ids.append(prompt)
+            others.append(reward.calibration(medians, held_out, gamma))
+            one.append(statistics.fmean(reward.calibration(d, held_out, gamma) for d in rest))
+            fixed.append(reward.calibration(constant, held_out, gamma))
+    return {
+        "median of the others": clustered_mean(others, ids),
+        "another score": clustered_mean(one, ids),
+        "best constant": clustered_mean(fixed, ids),
+    }
+
+
+def render_agreement(table: dict[str, Agreement]) -> str:
+    lines = [f"{'':<14} {'exact':>16} {'within 1':>16} {'MAE':>16}  n"]
+    for name, row in table.items():
+        shown = [f"{e.mean:.3f} ± {'-' if e.se is None else format(e.se, '.3f')}" for e in row]
+        lines.append(f"{name:<14} " + " ".join(f"{x:>16}" for x in shown) + f"  {row.mae.n}")
+    return "\n".join(lines)
+
+
+def win_rate(
+    prompts: Sequence[str], preferences: Sequence[tuple[int, int, int]]
+) -> dict[str, Estimate]:
+    """The response win-rate (Sec. 4.1): (wins + ties / 2) / n, and what the order of showing did.
+
+    preferences: (result, when shown first, when shown second) per pair of answers, each 1 for a
+    win, -1 for a loss, 0 for a tie. order_bias: win-rate when shown first minus when shown second
+    (0: the order does nothing). disagreement: share of pairs on which the two orders differ, which
+    count as ties.
+    """
+    return {
+        "win-rate": clustered_mean([(r + 1) / 2 for r, _, _ in preferences], prompts),
+        "ties": clustered_mean([float(r == 0) for r, _, _ in preferences], prompts),
+        "order_bias": clustered_mean([(x - y) / 2 for _, x, y in preferences], prompts),
+        "disagreement": clustered_mean([float(x != y) for _, x, y in preferences], prompts),
+    }

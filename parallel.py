@@ -7,6 +7,7 @@ FSDP2 (`fully_shard`): fp32 shards, compute in `dtype`, gradients reduced in fp3
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,11 @@ def process_group():
             dist.destroy_process_group()
 
 
+def ranks() -> int:
+    """How many processes torchrun started; known before the group is made."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def rank() -> int:
     return dist.get_rank()
 
@@ -60,6 +66,12 @@ def device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def place() -> tuple[int, int, int]:
+    """(ranks, this rank, a number that the ranks of this start share and no other). Collective."""
+    mine = random.SystemRandom().getrandbits(48) if rank() == 0 else 0
+    return world_size(), rank(), int(all_sum({"start": float(mine)})["start"])
 
 
 def print0(*args) -> None:

@@ -23,14 +23,17 @@ from pathlib import Path
 
 import torch
 
-from client import JudgeError, check_environment
 from data import Prompt
+from endpoint import prices
 from hub import fetch_weights
+from judge import make_judge, offline_judge
+from ledger import LEDGER
 from logbook import check_same_config, wandb_ready
+from parallel import ranks
 from policy import Size, attention, model_size
 from presets import MAY_CHANGE, Config
 from prompts import ATTRIBUTES, JUDGE_SYSTEM, judge_user
-from rollout import Inputs, offline_judge, read_inputs
+from rollout import Inputs, read_inputs
 from sampler import longest_row
 
 GB = 1e9
@@ -48,7 +51,7 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Check options, model folder, data, run folder and machine; fetch what the hub has to give.
-    Raises ValueError or JudgeError."""
+    Raises ValueError."""
     setup = look(config)
     if problems := obstacles(config, setup):
         raise ValueError(problems[0])
@@ -108,11 +111,10 @@ def check_options(config: Config) -> None:
 def obstacles(config: Config, setup: Setup) -> list[str]:
     """Why this machine, as it is now, could not do the run."""
     found = []
-    if not offline_judge(config.judge):
-        try:
-            check_environment()
-        except JudgeError as error:
-            found.append(str(error))
+    try:
+        make_judge(config, setup.folder / LEDGER, ranks())
+    except ValueError as error:
+        found.append(str(error))
     if config.wandb and not wandb_ready():
         found.append(
             "--wandb is asked for, but no key is known: `wandb login` first, or WANDB_MODE=offline"
@@ -157,10 +159,6 @@ def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[
 
 # --------------------------------------------------------------------------------------------------
 # Memory and disk, in bytes
-
-
-def ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def memory(config: Config, setup: Setup) -> dict[str, float]:
@@ -321,7 +319,7 @@ def _schedule(config: Config, setup: Setup) -> list[str]:
 def _judge(config: Config, setup: Setup) -> list[str]:
     """Calls and cost. An answer's length is not known before it is sampled, so there are three."""
     calls = config.cycles * config.rl_steps * config.batch * config.rollouts
-    if offline_judge(config.judge):
+    if offline_judge(config.judge) or config.judge.startswith("replay:"):
         return [f"{config.judge}, {calls:,} judgements at most; offline and free"]
 
     def tokens(text: str) -> int:
@@ -334,21 +332,28 @@ def _judge(config: Config, setup: Setup) -> list[str]:
     if lengths:
         usual, why = sum(lengths) / len(lengths), "as long as the reference responses"
     else:
-        usual, why = 300, "of 300 tokens, a guess: this data has no reference responses"
+        usual = min(300, config.sampling.max_tokens)
+        why = f"of {usual} tokens, a guess: this data has no reference responses"
     reply = tokens(json.dumps(dict.fromkeys(ATTRIBUTES, 8)))
-    c = config.client
+    c, (price_in, price_out) = config.client, prices(config.judge, config.client)
     lines = [
-        f"{config.judge}, at most {calls:,} calls, {c.concurrency} at once, {c.tries} tries each",
+        f"{config.judge}, at most {calls:,} answers, {c.concurrency} at once, {c.tries} tries each",
         f"malformed answers and answers seen before are not asked; {reply} tokens a reply",
-        f"${c.price_in:g} and ${c.price_out:g} per million tokens in and out (--client.price_in, "
-        "--client.price_out)",
+        f"budget: {'none' if c.max_cost is None else f'${c.max_cost:,.2f}'} (--client.max_cost), "
+        f"{'none' if c.max_calls is None else f'{c.max_calls:,} calls'} (--client.max_calls)",
     ]
+    if price_in is None or price_out is None:
+        lines.append("price not known; give --client.price_in and --client.price_out")
+    else:
+        lines.append(f"${price_in:g} and ${price_out:g} per million tokens in and out, list price")
     for answer, name in (
         (0, "empty answers"), (usual, f"answers {why}"), (config.sampling.max_tokens, "the longest")
     ):  # fmt: skip
         each = without + answer
-        cost = calls * (each * c.price_in + reply * c.price_out) / 1e6
-        lines.append(f"{calls * each / 1e6:9,.1f} M tokens in, ${cost:9,.2f}   {name}")
+        cost = "cost not known"
+        if price_in is not None and price_out is not None:
+            cost = f"${calls * (each * price_in + reply * price_out) / 1e6:9,.2f}"
+        lines.append(f"{calls * each / 1e6:9,.1f} M tokens in, {cost}   {name}")
     return lines
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import tyro
 
-from client import ClientConfig
+from endpoint import ClientConfig, Endpoint
 from grpo import GRPOConfig
 from policy import PolicyConfig
 from reward import RewardConfig
@@ -43,9 +43,9 @@ class Config:
     """Training prompts: a file, see data.py for its kinds, or a hub id, see hub.py (App. E:
     HelpSteer2 train)."""
     judge: str = "gpt-5.4"
-    """Model name at an OpenAI-compatible endpoint (Sec. 4.1); or "heuristic", an offline stand-in;
-    or "rubric", the miniature's ("rubric:0.3": with a probability of 0.3 a score is one off, drawn
-    anew at each call)."""
+    """Model name at an OpenAI-compatible endpoint (Sec. 4.1, see endpoint.py); or replay:FILE, the
+    judgements of an earlier run; or "heuristic", an offline stand-in; or "rubric", the miniature's
+    ("rubric:0.3": with a probability of 0.3 a score is one off, drawn anew at each call)."""
     use_references: bool = True
     """Show the judge reference responses with human labels where the data has them (App. B.3)."""
     cycles: int = 15
@@ -99,6 +99,7 @@ class Config:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    endpoint: Endpoint = field(default_factory=Endpoint)
     client: ClientConfig = field(default_factory=ClientConfig)
 
 

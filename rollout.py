@@ -5,9 +5,8 @@ A rollout is judged when it finishes, while others are still being sampled. A ma
 gets the penalty and is never sent to the judge. A judge that fails for good stops the run on all
 ranks; no score is made up."""
 
-import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,34 +17,14 @@ import buffer
 import parallel
 import reward
 from buffer import Rollout
-from client import Background, ChatClient, JudgeError
+from client import Background, JudgeError
 from data import Prompt, load_prompts
 from hub import data_file, model_folder
-from judge import HeuristicJudge, LLMJudge
 from logbook import Clock
 from policy import check_model_folder, load_tokenizer
 from prompts import check_tokenizer, parse_self_eval, prompt_ids, score_positions, stray
 from reward import RewardConfig
 from sampler import Request, Sample, SamplingParams, longest_row, seed_of
-from tiny import RubricJudge
-
-
-def offline_judge(name: str) -> HeuristicJudge | RubricJudge | None:
-    """The judge of that name if it needs no network: heuristic, rubric, or rubric:NOISE."""
-    if name == "heuristic":
-        return HeuristicJudge()
-    if re.fullmatch(r"rubric(:(0?\.\d+|0|1))?", name):
-        return RubricJudge(float(name.partition(":")[2] or 0))
-    return None
-
-
-def make_judge(config, cache: Path):
-    """The judge that `config` (cycle's or evaluate's) names; the API's concurrency is shared by the
-    ranks."""
-    if offline := offline_judge(config.judge):
-        return offline
-    share = max(1, config.client.concurrency // parallel.world_size())
-    return LLMJudge(ChatClient(config.judge, config.client, share, cache))
 
 
 class Inputs(NamedTuple):
@@ -154,16 +133,20 @@ class Collector:
                     if any(f.done() and f.exception() for f in judged):
                         break
             with self.clock("judge_tail"):
+                wait(judged)  # after a failure too: what is in flight is paid for, and is kept
                 for future in judged:
                     rollout = future.result()
                     done[rollout.key] = rollout
         except JudgeError as failure:
             error = failure
-            for future in judged:
-                future.cancel()
         with self.clock("waiting"):
             parallel.raise_together(error)
         return [done[key] for key in keys]
+
+    def spent(self) -> dict[str, dict[str, float]]:
+        """{"judge": calls, failed tries among them and US dollars of all ranks since the last
+        time}; {} for an offline judge. Collective."""
+        return {"judge": parallel.all_sum(self.judge.lap())} if hasattr(self.judge, "lap") else {}
 
     async def _judge_and_keep(self, sample: Sample, path: Path, cycle: int, step: int) -> Rollout:
         q = sample.request

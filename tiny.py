@@ -163,7 +163,7 @@ class RubricJudge:
         self.noise, self.rng = noise, random.Random(seed)
 
     async def score(
-        self, conversation: Sequence[Turn], answer: str, references: Sequence = ()
+        self, conversation: Sequence[Turn], answer: str, references: Sequence = (), draw: int = 0
     ) -> Scores:
         scores = rubric(conversation[-1]["content"], answer)
         if not self.noise:

@@ -9,13 +9,11 @@ import random
 import socket
 import subprocess
 import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from fake_judge import FakeJudge
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -165,65 +163,6 @@ def make_rollout(tokenizer, answer="It is fine.", scores=(8, 8, 8, 1, 1), judge=
 
 # --------------------------------------------------------------------------------------------------
 # A judge server on loopback
-
-
-class FakeJudge:
-    """An OpenAI-compatible server; `replies` are used up first, then every answer is judged."""
-
-    def __init__(self):
-        self.bodies: list[dict] = []  # requests, in order of arrival
-        self.answered: list[str] = []  # what was asked, for each reply that was sent whole
-        self.replies: list[tuple[int, dict, object]] = []  # (status, headers, content or body)
-        self.delay = 0.0
-        self.in_flight = self.most_in_flight = 0
-        self._lock = threading.Lock()
-        judge = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with judge._lock:
-                    judge.bodies.append(body)
-                    judge.in_flight += 1
-                    judge.most_in_flight = max(judge.most_in_flight, judge.in_flight)
-                    planned = judge.replies.pop(0) if judge.replies else None
-                time.sleep(judge.delay)
-                status, headers, said = planned or (200, {}, judge.score(body))
-                if status == 200:
-                    choice = {"index": 0, "finish_reason": headers.pop("finish", "stop")}
-                    choice["message"] = {"role": "assistant", "content": said}
-                    usage = {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14}
-                    said = {"id": "x", "object": "chat.completion", "created": 0, "model": "served",
-                            "choices": [choice], "usage": usage}  # fmt: skip
-                data = json.dumps(said).encode()
-                with judge._lock:
-                    judge.in_flight -= 1
-                try:
-                    self.send_response(status)
-                    for name, value in {**headers, "content-length": len(data)}.items():
-                        self.send_header(name, str(value))
-                    self.send_header("content-type", "application/json")
-                    self.end_headers()
-                    self.wfile.write(data)
-                    with judge._lock:
-                        judge.answered.append(body["messages"][-1]["content"])
-                except OSError:
-                    pass  # the asker was killed
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @staticmethod
-    def score(body: dict) -> str:
-        """Scores that depend on nothing but the question."""
-        digits = random.Random(body["messages"][-1]["content"])
-        return json.dumps({a: digits.randrange(10) for a in prompts.ATTRIBUTES})
 
 
 @pytest.fixture

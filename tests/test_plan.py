@@ -211,7 +211,7 @@ def test_the_dry_run_tells_the_plan_and_writes_nothing(tiny, monkeypatch, tmp_pa
     text = " ".join(describe(config, look(config)).split())
     # 2 cycles x 2 steps x 4 prompts x 4 rollouts; 400 rows are more than a cycle's 32.
     for said in (
-        "= 64 rollouts, 16 sample-passes", "at most 64 calls", "2 x at most 32 rows in 4 updates",
+        "= 64 rollouts, 16 sample-passes", "at most 64 answers", "2 x at most 32 rows in 4 updates",
         "responses at most 7,680", "12 unique prompts, 0 over 700", "set OPENAI_API_KEY",
     ):  # fmt: skip
         assert said in text, said

@@ -13,8 +13,8 @@ import demo
 import evaluate
 import prompts
 import tiny
+from judge import offline_judge
 from policy import load_model, load_tokenizer
-from rollout import offline_judge
 
 SMALL = tiny.Recipe(steps=12, prompts=(60, 10, 20))
 

@@ -1,14 +1,21 @@
 """The vLLM engine (make vllm-cpu): .venv/bin/python -m pytest tests/test_vllm.py"""
 
+import asyncio
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from importlib.util import find_spec
+from urllib.request import urlopen
 
 import pytest
 import torch
-from conftest import ROOT, finish, small_args, start_ranks
+from conftest import ROOT, finish, free_port, make_model, small_args, start_ranks
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -16,7 +23,12 @@ from transformers.generation.logits_process import (
 )
 
 import buffer
+import prompts
+from client import Background, ChatClient, JudgeError
 from cycle import GAP_ALARM
+from endpoint import ClientConfig, Endpoint, Service
+from judge import LLMJudge
+from ledger import Ledger, read_tries
 from logbook import read_metrics
 
 pytestmark = pytest.mark.skipif(
@@ -119,3 +131,76 @@ def test_a_run_with_vllm_killed_and_continued(tmp_path, parrot_folder, prompt_fi
     summary = json.loads((tmp_path / "results" / "after" / "summary.json").read_text())
     assert summary["metrics"]["well_formed"]["n"] == 12 * 2
     assert summary["metrics"]["well_formed"]["mean"] > 0.5
+
+
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+
+
+@pytest.fixture
+def judge_server(tmp_path, tokenizer):
+    """The URL of vLLM's own OpenAI-compatible server, with a random model that reads 4,096
+    tokens."""
+    folder = tmp_path / "judge"
+    model = make_model("llama", len(tokenizer))
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat.jinja").write_text(CHAT)
+    port = free_port()
+    options = {
+        "model": folder, "served-model-name": "local-judge", "chat-template": folder / "chat.jinja",
+        "host": "127.0.0.1", "port": port, "dtype": "bfloat16", "max-model-len": 4096,
+        "kv-cache-memory-bytes": 2**26, "max-num-seqs": 8, "generation-config": "vllm",
+        "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
+    }  # fmt: skip
+    words = [word for k, v in options.items() for word in (f"--{k}", str(v))]
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    env |= {"VLLM_NO_USAGE_STATS": "1"}
+    log = open(tmp_path / "server.log", "w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *words],
+        env={**os.environ, **env}, stdout=log, stderr=log, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        log.close()
+
+
+def test_a_local_vllm_server_as_judge(tmp_path, monkeypatch, judge_server):
+    """A random model, held to the schema, gives five integers 0-9 and a preference; what the server
+    refuses is said with the field to change."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    loop, turns = Background(), [{"role": "user", "content": "Why is the sky blue?"}]
+
+    def judge(**options):
+        service = Service("local-judge", Endpoint(judge_server, **options), ClientConfig(tries=2))
+        return LLMJudge(ChatClient(service, 4, Ledger(tmp_path / "ledger.jsonl")))
+
+    async def ask(j):
+        works = [j.score(turns, f"Answer {k}.", draw=k) for k in range(6)]
+        works += [j.prefer(turns, "One.", "Two.")]
+        return await asyncio.gather(*works)
+
+    *scores, preference = loop.submit(ask(judge(temperature=1.0))).result()
+    assert all(prompts.valid_scores(s) for s in scores) and len(set(scores)) > 1
+    assert {*preference} <= {-1, 0, 1}
+    tries = list(read_tries(tmp_path / "ledger.jsonl"))
+    assert {t["outcome"] for t in tries} == {"ok"} and len(tries) == 8
+    assert all(t["served_model"] == "local-judge" and t["tokens_in"] > 100 for t in tries)
+
+    for refused, said in {
+        judge(max_tokens=10_000): "change --endpoint.token_limit or --endpoint.max_tokens",
+        judge(request='{"top_p": 7}'): "refuses the parameter top_p .*change --endpoint.request",
+    }.items():
+        with pytest.raises(JudgeError, match=f"HTTP 400: .*{said}"):
+            loop.submit(refused.score(turns, "Answer.")).result()
+    with pytest.raises(JudgeError, match="cut at the token limit; raise --endpoint.max_tokens"):
+        loop.submit(judge(max_tokens=5).score(turns, "Answer.")).result()

@@ -1,0 +1,86 @@
+"""What runs and evaluations leave on file, read again: answers and judgements of several models.
+
+A source is a folder runs/NAME or results/NAME, or a file that `export` wrote: one file from which
+every figure can be computed again, and which `--judge replay:FILE` reads."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import buffer
+import metrics
+from buffer import Rollout
+from files import write_text
+from ledger import LEDGER, read_lines, read_tries
+
+
+@dataclass
+class Source:
+    """Answers and judgements of one model on one prompt file."""
+
+    name: str
+    config: dict
+    rollouts: list[Rollout]
+    tries: list[dict]  # lines of the ledger
+
+    def table(self) -> dict[str, metrics.Estimate]:
+        rows = [(r.prompt_id, r.self_scores, r.judge_scores) for r in self.rollouts]
+        return metrics.summarise(rows, self.config["reward"]["gamma"])
+
+
+def load(path: Path) -> list[Source]:
+    """Raises ValueError for what is neither a run, a result nor an export."""
+    if path.is_file():
+        found: dict[str, Source] = {}
+        for number, _, row in read_lines(path):
+            try:
+                kind, content = row["kind"], row["content"]
+                source = found.setdefault(row["source"], Source(row["source"], {}, [], []))
+                if kind == "config":
+                    source.config = content
+                elif kind == "rollout":
+                    source.rollouts.append(buffer.from_row(content))
+                else:
+                    source.tries.append(content)
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number}: not a line of an export ({error}); give a run's folder, or "
+                    "a file made by judge.py --export"
+                ) from None
+        return list(found.values())
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path}: neither a file nor a folder with a config.json; give runs/NAME, results/NAME "
+            "or a file made by --export"
+        )
+    ledger = path / LEDGER
+    return [
+        Source(
+            str(path),
+            json.loads((path / "config.json").read_text()),
+            _rollouts(path),
+            list(read_tries(ledger)) if ledger.exists() else [],
+        )
+    ]
+
+
+def _rollouts(folder: Path) -> list[Rollout]:
+    """All of a run's; of an evaluation's those of its newest weights, one for each sample."""
+    of_cycles = sorted((folder / "rollouts").glob("cycle_*.jsonl"))
+    if of_cycles:
+        return [r for path in of_cycles for r in buffer.read(path)]
+    rows = buffer.read(folder / "rollouts.jsonl")
+    newest = [r for r in rows if r.weight_version == rows[-1].weight_version]
+    return list({(r.prompt_id, r.sample): r for r in newest}.values())
+
+
+def export(sources: Sequence[Source], path: Path) -> None:
+    """One file from which every figure can be computed again, and which replay:FILE reads."""
+    lines = []
+    for source in sources:
+        rows = [("config", source.config)]
+        rows += [("rollout", asdict(r)) for r in source.rollouts]
+        rows += [("try", t) for t in source.tries]
+        lines += [{"source": source.name, "kind": kind, "content": row} for kind, row in rows]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,34 @@
+"""One process of tests/test_ledger.py and bench/judging.py: judges its share of numbered answers.
+
+python judge_worker.py FOLDER RANK RANKS ANSWERS CONCURRENCY TIMEOUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from client import Background, ChatClient
+from endpoint import ClientConfig, Endpoint, Service
+from files import append_line
+from judge import LLMJudge, ask_all
+from ledger import LEDGER, Ledger
+
+
+def main(folder: str, rank: str, ranks: str, answers: str, concurrency: str, timeout: str) -> None:
+    config = ClientConfig(backoff=0.05, backoff_max=1.0, timeout=float(timeout), tries=12)
+    service = Service("some-judge", Endpoint(), config)
+    share = int(concurrency) // int(ranks)
+    judge = LLMJudge(ChatClient(service, share, Ledger(Path(folder) / LEDGER)))
+    turns = [{"role": "user", "content": "Say a number."}]
+
+    async def one(k: int) -> None:
+        scores = await judge.score(turns, f"Answer {k}.")
+        append_line(Path(folder) / f"scores_{rank}.jsonl", {"answer": k, "scores": scores})
+
+    works = [one(k) for k in range(int(rank), int(answers), int(ranks))]
+    Background().submit(ask_all(works, f"rank {rank}")).result()
+    print(json.dumps(judge.lap()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
