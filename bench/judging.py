@@ -118,8 +118,10 @@ class Overlap:
     """Prompts of the step."""
     rollouts: int = 4
     """Rollouts per prompt."""
-    concurrency: tuple[int, ...] = (1, 2, 4, 8)
-    """Requests at once; fewer make the judge slower."""
+    sample_rows: int = 64
+    """Rollouts sampled at once."""
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 24)
+    """Judge requests at once; fewer make the judge slower."""
     latency: float = 1.0
     """Seconds that a judgement takes."""
 
@@ -133,6 +135,7 @@ class Overlap:
         config = dataclasses.replace(
             presets.SMALL, model=self.model, data=self.data, window=self.batch, batch=self.batch,
             rl_steps=1, rollouts=self.rollouts, name="bench", sampler=choose("auto"),
+            sample_rows=self.sample_rows,
         )  # fmt: skip
         setup = look(config)
         with parallel.process_group(), tempfile.TemporaryDirectory() as folder:

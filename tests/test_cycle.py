@@ -158,6 +158,23 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
         assert {**a, **own} == {**b, **own}, f"seed {seed}"
 
 
+def test_a_run_can_be_repeated_from_its_judgements_alone(
+    tmp_path, parrot_folder, prompt_file, fake_judge
+):
+    first, again = tmp_path / "first", tmp_path / "again"
+    first.mkdir()
+    again.mkdir()
+    finish(start_ranks(2, small_args(parrot_folder, prompt_file, judge="fake", cycles=1), first))
+    asked = len(fake_judge.bodies)
+    ledger = first / "runs" / "tiny" / "judge_cache.jsonl"
+    line = next(m for m in read_metrics(ledger.parent) if m["phase"] == "rl")
+    assert line["judge"]["calls"] > 0 == line["judge"]["failed"]
+    options = {"judge": f"replay:{ledger}", "cycles": 1}
+    finish(start_ranks(2, small_args(parrot_folder, prompt_file, **options), again))
+    assert weights(again / "runs" / "tiny") == weights(first / "runs" / "tiny")
+    assert len(fake_judge.bodies) == asked and asked > 0
+
+
 def test_a_failing_judge_stops_all_ranks_and_the_run_can_go_on(
     tmp_path, parrot_folder, prompt_file, fake_judge
 ):
