@@ -164,13 +164,12 @@ def test_a_run_can_be_repeated_from_its_judgements_alone(
     first, again = tmp_path / "first", tmp_path / "again"
     first.mkdir()
     again.mkdir()
-    finish(start_ranks(2, small_args(parrot_folder, prompt_file, judge="fake", cycles=1), first))
+    finish(start_ranks(2, small_args(parrot_folder, prompt_file, judge="fake"), first))
     asked = len(fake_judge.bodies)
     ledger = first / "runs" / "tiny" / "judge_cache.jsonl"
     line = next(m for m in read_metrics(ledger.parent) if m["phase"] == "rl")
     assert line["judge"]["calls"] > 0 == line["judge"]["failed"]
-    options = {"judge": f"replay:{ledger}", "cycles": 1}
-    finish(start_ranks(2, small_args(parrot_folder, prompt_file, **options), again))
+    finish(start_ranks(2, small_args(parrot_folder, prompt_file, judge=f"replay:{ledger}"), again))
     assert weights(again / "runs" / "tiny") == weights(first / "runs" / "tiny")
     assert len(fake_judge.bodies) == asked and asked > 0
 
