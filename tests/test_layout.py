@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # Imports go down this list only (README, Design).
 ORDER = """demo cycle evaluate plan presets rollout grpo sft_masked sampler policy judge sources
-client ledger endpoint heuristic metrics tiny data hub reward buffer logbook parallel files
+client ledger endpoint heuristic inference controls metrics tiny data hub reward buffer logbook parallel files
 prompts""".split()
 ONLY_IN = {
     "torch.distributed": "parallel",
@@ -20,7 +20,7 @@ ONLY_IN = {
     "wandb": "logbook",
 }
 NO_TORCH = {"prompts", "reward", "buffer", "metrics", "data", "hub", "files", "judge", "sources",
-            "client", "ledger", "endpoint", "heuristic"}  # fmt: skip
+            "client", "ledger", "endpoint", "heuristic", "inference", "controls"}  # fmt: skip
 
 
 def imports(module: str) -> set[str]:
