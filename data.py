@@ -19,12 +19,14 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics.pairwise import linear_kernel
 
 from prompts import ATTRIBUTES, Scores, Turn
 
@@ -224,3 +226,16 @@ KINDS = {
     "wildbench": _wildbench,
     "plain": _plain,
 }
+
+
+def near_duplicates(
+    prompts: Sequence[Prompt], known: Sequence[Prompt], threshold: float = 0.8
+) -> list[bool]:
+    """Which prompts are nearly one of the known: cosine of their character 5-grams, weighted by
+    rarity, at or above the threshold."""
+    if not prompts or not known:
+        return [False] * len(prompts)
+    texts = ["\n".join(t["content"] for t in p.conversation) for p in (*known, *prompts)]
+    grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(5, 5)).fit_transform(texts)
+    alike = linear_kernel(grams[len(known) :], grams[: len(known)])  # (prompts, known)
+    return (alike.max(axis=1) >= threshold).tolist()

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import matplotlib
 import scipy.stats
-import torch
 import tyro
 
 import buffer
@@ -34,8 +33,8 @@ import evaluate
 import parallel
 from buffer import Rollout
 from data import load_prompts
+from digits import Reader
 from files import write_text
-from grpo import response_row
 from logbook import checkpoints, read_metrics
 from metrics import (
     Estimate,
@@ -45,10 +44,10 @@ from metrics import (
     shuffled_calibration,
     top_k_accuracy,
 )
-from policy import load_model, load_tokenizer, micro_batches
 from presets import PRESETS
-from prompts import ATTRIBUTES, digit_ids
+from prompts import ATTRIBUTES
 from reward import calibration
+from sources import rollouts_of
 from tiny import Recipe, recipe_hash
 
 matplotlib.use("Agg")
@@ -122,7 +121,7 @@ def answers(
     """One answer to each prompt of the split at the training temperature, judged, and their
     figures."""
     trained = PRESETS["tiny"]
-    config = evaluate.EvalConfig(
+    cell = evaluate.Cell(
         model=str(checkpoint),
         data=str(split),
         name=f"{run.parent.name}/{split.parent.name}-{split.stem}-{name}",
@@ -134,29 +133,10 @@ def answers(
         sampler=trained.sampler,
         sample_rows=512,
     )
-    prompts, inputs = evaluate.prepare(config)
-    with closing(evaluate.load_sampler(config, inputs)) as sampler:
-        table = evaluate.run(config, prompts, inputs, sampler)
-    on_file = buffer.read(Path("results") / config.name / "rollouts.jsonl")
-    return [r for r in on_file if r.weight_version == sampler.weight_version], table
-
-
-@torch.no_grad()
-def digit_logp(folder: Path, rollouts: Sequence[Rollout]) -> list[list[list[float]]]:
-    """(R, 5, 10) log-probabilities of the ten digits at the score positions, temperature 1, with
-    the model's own block before them (Sec. 4.5)."""
-    model, tokenizer = load_model(folder, torch.float32).eval(), load_tokenizer(folder)
-    found: dict[int, list[list[float]]] = {}
-    for batch in micro_batches([response_row(r) for r in rollouts], 16384):
-        logp = model(input_ids=batch.ids).logits.log_softmax(-1)  # (B, T, V)
-        for b, i in enumerate(batch.index):
-            start = len(rollouts[i].prompt_ids)
-            found[i] = [
-                logp[b, start + p - 1, list(digit_ids(rollouts[i].response_ids[p], tokenizer))]
-                .tolist()
-                for p in rollouts[i].score_positions
-            ]  # fmt: skip
-    return [found[i] for i in range(len(rollouts))]
+    inputs = evaluate.prepare(cell)
+    with closing(evaluate.load_sampler(cell, inputs)) as sampler:
+        table = evaluate.answer(cell, inputs, sampler)
+    return rollouts_of(cell.folder), table
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,7 +163,7 @@ def figures(point: Point) -> dict[str, float | None]:
         "bias, help. and corr.": sum(
             r.self_scores[a] - r.judge_scores[a] for r in valid for a in (0, 1)
         ) / (2 * len(valid)),
-        "top-5": top_k_accuracy(digit_logp(point.checkpoint, valid), judge),
+        "top-5": top_k_accuracy(Reader(point.checkpoint, "float32").own(valid), judge),
         "  of a constant ranking": constant_top_k(judge),
     }  # fmt: skip
 

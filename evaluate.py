@@ -1,11 +1,22 @@
-"""Answers, judgements and figures of one checkpoint on one prompt file (Sec. 4.1, first form).
+"""Models, benchmarks and judges -> result files (Sec. 4); report.py makes tables of them.
 
-    python evaluate.py --model runs/see/checkpoints/cycle_03 --data FILE --name see-c3 --samples 8
+    python evaluate.py --models base=DIR see=runs/see/checkpoints/cycle_15 \\
+        --benchmarks helpsteer2=validation.jsonl alpaca_eval=alpaca_eval.jsonl \\
+        --judges claude-sonnet-4-6 --window runs/see --name paper
 
-`results/NAME/` holds the configuration, every rollout with its judgement, and `summary.json`: the
-well-formed rate, quality, calibration and mean absolute errors, each with its standard error over
-prompts. The same command run again goes on where it stopped. Under torchrun the prompts are shared
-by the ranks.
+The first model is the base. Stages, each of which goes on where it was stopped, on all ranks unless
+said otherwise:
+
+    answers      each model's answers to each benchmark, judged
+    digits       what each model would write at the score positions of each model's answers: top-5,
+                 the answer x scorer swap, the forced block; no judge call
+    sensitivity  the same with another prompt's answer, and with the second half cut off; likewise
+    judges       malformed answers, repeats and held-out judges (rank 0)
+    preferences  the pairwise referee against the base (Sec. 4.1; rank 0)
+
+`results/NAME/BENCHMARK/MODEL/` holds each cell's configuration, rollouts with their judgements,
+`digits_SCORER.jsonl`, `sensitivity.jsonl`, `scores_JUDGE.jsonl` and `preferences.jsonl`. A cell is
+done once: another choice of models or benchmarks under the same name adds cells.
 """
 
 import dataclasses
@@ -13,8 +24,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
-from contextlib import closing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,30 +36,29 @@ from tqdm import tqdm
 
 import buffer
 import parallel
+from buffer import Rollout
 from client import Background, JudgeError
-from data import Prompt
+from data import Prompt, load_prompts, near_duplicates
+from digits import Question, Reader, Reading
 from endpoint import ClientConfig, Endpoint
-from files import write_text
-from hub import fetch_weights
-from judge import make_judge
-from ledger import LEDGER
+from files import append_line, write_text
+from hub import data_file, fetch_weights
+from judge import Answer, ask_all, judge_again, make_judge, prefer
+from ledger import LEDGER, read_lines
 from logbook import Clock, check_same_config, open_folder
 from metrics import Estimate, render, summarise
+from policy import PolicyConfig, load_policy
+from prompts import EXAMPLES, FEW_SHOT, OPEN
 from reward import RewardConfig
 from rollout import Collector, Inputs, read_inputs
 from sampler import EngineConfig, SamplingParams, choose, make_sampler
+from sources import rollouts_of
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluate a checkpoint: n samples per prompt, judged, with standard errors."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all cells of an evaluation share."""
 
-    model: str
-    """Hugging Face folder: a run's checkpoint, or the base model; or a hub id."""
-    data: str
-    """Prompt file, see data.py for its kinds; or a hub id, see hub.py."""
-    name: str
-    """Results go to results/NAME."""
     judge: str = "gpt-5.4"
     """Model name at an OpenAI-compatible endpoint (Sec. 4.1, see endpoint.py); or replay:FILE, the
     judgements of an earlier run; or "heuristic", an offline stand-in that says nothing about real
@@ -55,9 +66,13 @@ class EvalConfig:
     samples: int = 1
     """Samples per prompt."""
     limit: int = 0
-    """Prompts, drawn by seed; 0: all of the file."""
-    exclude_window: str = ""
-    """Folder of a run whose training prompts are left out, such as runs/see."""
+    """Prompts of each benchmark, drawn by seed; 0: all."""
+    window: str = ""
+    """Folder of a run, such as runs/see, whose training prompts are left out, and whose first
+    cycle's judgements the trivial predictors are fitted on."""
+    drop_duplicates: bool = False
+    """Leave out prompts that are nearly one of the window's or of the few-shot examples; they are
+    counted in any case."""
     use_references: bool = True
     """Show the judge reference responses with human labels where the data has them (App. B.3)."""
     template: Literal["paper", "short", "bare"] = "paper"
@@ -81,28 +96,113 @@ class EvalConfig:
     client: ClientConfig = field(default_factory=ClientConfig)
 
 
-def prepare(config: EvalConfig) -> tuple[list[Prompt], Inputs]:
-    """The prompts to answer, and all that was read. Raises ValueError."""
-    make_judge(config, Path("results") / config.name / LEDGER, parallel.ranks())
-    inputs = read_inputs(config)
+@dataclass(frozen=True, kw_only=True)
+class Cell(Settings):
+    """One checkpoint on one prompt file."""
+
+    model: str  # Hugging Face folder, or a hub id
+    data: str  # prompt file, or a hub id
+    name: str  # its folder under results/
+
+    @property
+    def folder(self) -> Path:
+        return Path("results") / self.name
+
+
+STAGES = ("answers", "digits", "sensitivity", "judges", "preferences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Settings):
+    """Evaluate models on benchmarks (Sec. 4)."""
+
+    models: tuple[str, ...]
+    """NAME=FOLDER each, or FOLDER alone: Hugging Face folders or hub ids of one architecture; the
+    first is the base."""
+    benchmarks: tuple[str, ...]
+    """NAME=FILE each, or FILE alone: prompt files (see data.py for their kinds) or hub ids (see
+    hub.py)."""
+    name: str
+    """Results go to results/NAME/BENCHMARK/MODEL."""
+    judges: tuple[str, ...] = ()
+    """Held-out judges (Sec. 4.5, Table 3), by name."""
+    repeat: int = 0
+    """Judgements of an answer by the judge, for the ceiling: on the first --repeat_answers answers
+    of each cell; 0 or 1: none."""
+    repeat_answers: int = 100
+    """Answers of each cell that are judged repeatedly."""
+    stages: tuple[Literal[STAGES], ...] = STAGES
+    """What is done, in this order."""
+
+
+def named(spec: str) -> tuple[str, str]:
+    """ "see=runs/see/..." -> ("see", "runs/see/..."); without a name the path's last part."""
+    name, equals, path = spec.partition("=")
+    return (name, path) if equals else (Path(spec).name.split(".")[0], spec)
+
+
+def cells(config: EvalConfig) -> dict[tuple[str, str], Cell]:
+    """By (model, benchmark). Raises ValueError for a name given twice or unfit for a folder."""
+    models, benchmarks = ([named(s) for s in specs] for specs in (config.models, config.benchmarks))
+    for kind, specs in (("models", models), ("benchmarks", benchmarks)):
+        names = [name for name, _ in specs]
+        bad = [n for n in names if names.count(n) > 1 or not re.fullmatch(r"[\w.+-]+", n)]
+        if bad or not names:
+            raise ValueError(
+                f"--{kind}: {bad[0] if bad else 'nothing'} is no name of its own for a folder; say "
+                "NAME=FOLDER or NAME=FILE with other names"
+            )
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)}
+    return {
+        (m, b): Cell(**shared, model=folder, data=file, name=f"{config.name}/{b}/{m}")
+        for m, folder in models
+        for b, file in benchmarks
+    }
+
+
+MAY_CHANGE = {"sample_rows", "engine", "client"}
+
+
+def prepare(cell: Cell) -> Inputs:
+    """What is read and checked of a cell before weights are loaded; its prompts are those to
+    answer. Raises ValueError."""
+    make_judge(cell, cell.folder / LEDGER, parallel.ranks())
+    inputs = read_inputs(cell)
     prompts = inputs.prompts
-    if config.exclude_window:
-        known = Path(config.exclude_window) / "window.json"
-        if not known.is_file():
-            raise ValueError(f"{known}: no such file; give a run's folder to --exclude_window")
-        window = set(json.loads(known.read_text()))
-        prompts = [p for p in prompts if p.id not in window]
-    if config.limit > len(prompts) or not prompts:
+    if cell.window:
+        trained = window_prompts(Path(cell.window))
+        prompts = [p for p in prompts if p.id not in trained]
+        double = near_duplicates(prompts, [*trained.values(), *examples(cell)])
+        if cell.drop_duplicates:
+            prompts = [p for p, d in zip(prompts, double, strict=True) if not d]
+    if cell.limit > len(prompts) or not prompts:
         raise ValueError(
-            f"{config.data}: {config.limit or 'some'} prompts are asked for, but {len(prompts)} "
-            f"are left within {config.prompt_tokens} tokens; lower --limit or give more data"
+            f"{cell.data}: {cell.limit or 'some'} prompts are asked for, but {len(prompts)} are "
+            f"left within {cell.prompt_tokens} tokens; lower --limit or give more data"
         )
-    if config.limit:
-        chosen = random.Random(config.seed).sample(range(len(prompts)), config.limit)
+    if cell.limit:
+        chosen = random.Random(cell.seed).sample(range(len(prompts)), cell.limit)
         prompts = [prompts[i] for i in sorted(chosen)]
-    check_same_config(Path("results") / config.name, config, {"sample_rows", "engine", "client"})
-    fetch_weights(config.model)
-    return prompts, inputs
+    check_same_config(cell.folder, cell, MAY_CHANGE)
+    fetch_weights(cell.model)
+    return inputs._replace(prompts=prompts)
+
+
+def window_prompts(run: Path) -> dict[str, Prompt]:
+    """A run's training prompts by id. Raises ValueError."""
+    known = run / "window.json"
+    if not known.is_file():
+        raise ValueError(f"{known}: no such file; give a run's folder to --window")
+    ids = set(json.loads(known.read_text()))
+    data = json.loads((run / "config.json").read_text())["data"]
+    return {p.id: p for p in load_prompts(data_file(data)) if p.id in ids}
+
+
+def examples(cell: Cell) -> list[Prompt]:
+    """The template's few-shot examples as prompts."""
+    shown = FEW_SHOT[cell.few_shot][: EXAMPLES[cell.template]]
+    return [Prompt(f"example {k}", ({"role": "user", "content": e.request},))
+            for k, e in enumerate(shown)]  # fmt: skip
 
 
 def weights_id(folder: Path) -> str:
@@ -111,39 +211,50 @@ def weights_id(folder: Path) -> str:
     return hashlib.blake2b(repr(sorted(stats)).encode(), digest_size=8).hexdigest()
 
 
-def load_sampler(config: EvalConfig, inputs: Inputs):
+def load_sampler(cell: Cell, inputs: Inputs):
     """The sampler with the checkpoint's weights, labelled by what tells their files apart."""
-    version = weights_id(inputs.model)
-    return make_sampler(config, inputs.model, inputs.tokenizer, config.dtype, version)
+    return make_sampler(cell, inputs.model, inputs.tokenizer, cell.dtype, weights_id(inputs.model))
 
 
-def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> dict[str, Estimate]:
+def hand_over(sampler, cell: Cell, inputs: Inputs) -> None:
+    """Another checkpoint's weights for the same sampler. Collective."""
+    if sampler.weight_version != weights_id(inputs.model):
+        config = PolicyConfig(dtype=cell.dtype)
+        policy = load_policy(inputs.model, config, trainable=False)
+        sampler.load_weights(policy, weights_id(inputs.model))
+
+
+# --------------------------------------------------------------------------------------------------
+# Stages
+
+
+def answer(cell: Cell, inputs: Inputs, sampler) -> dict[str, Estimate]:
     """Sample, judge and summarise; rank 0 writes summary.json and returns the figures like all."""
-    folder = Path("results") / config.name
+    folder, prompts = cell.folder, inputs.prompts
     if parallel.rank() == 0:
-        open_folder(folder, config, inputs.model)
+        open_folder(folder, cell, inputs.model)
     parallel.barrier()
-    judge = make_judge(config, folder / LEDGER, *parallel.place())
+    judge = make_judge(cell, folder / LEDGER, *parallel.place())
     collector = Collector(
         sampler=sampler,
         judge=judge,
         tokenizer=inputs.tokenizer,
         prompts={p.id: p for p in prompts},
         prompt_ids=inputs.prompt_ids,
-        rollouts=config.samples,
-        seed=config.seed,
-        params=config.sampling,
-        reward=config.reward,
-        use_references=config.use_references,
+        rollouts=cell.samples,
+        seed=cell.seed,
+        params=cell.sampling,
+        reward=cell.reward,
+        use_references=cell.use_references,
         background=Background(),
         clock=Clock(),
     )
     path = folder / "rollouts.jsonl"
     on_file = {r.key: r for r in buffer.read(path)}
     # A step is one sampler batch on every rank: what a kill can cost.
-    size = max(1, config.sample_rows // config.samples) * parallel.world_size()
+    size = max(1, cell.sample_rows // cell.samples) * parallel.world_size()
     steps = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    bar = tqdm(steps, desc=f"evaluating {config.name}", leave=False, disable=parallel.rank() != 0)
+    bar = tqdm(steps, desc=f"evaluating {cell.name}", leave=False, disable=parallel.rank() != 0)
     for step, batch in enumerate(bar, 1):
         collector.collect(0, step, batch, on_file, path, sampler.weight_version)
     # Only what this call asked for: other numbers of ranks or rows make other steps.
@@ -154,30 +265,190 @@ def run(config: EvalConfig, prompts: list[Prompt], inputs: Inputs, sampler) -> d
         for r in answered
         if (r.step, r.prompt_id) in asked and r.weight_version == sampler.weight_version
     ]
-    table = summarise(rows, config.reward.gamma)
+    table = summarise(rows, cell.reward.gamma)
     if parallel.rank() == 0:
-        shown = sum(bool(p.references) for p in prompts) if config.use_references else 0
+        shown = sum(bool(p.references) for p in prompts) if cell.use_references else 0
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
         summary["metrics"] = {name: estimate._asdict() for name, estimate in table.items()}
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
     return table
 
 
+def spoken(r: Rollout) -> str:
+    """The answer, also of a malformed response: what stands before its first tag."""
+    return r.answer if r.answer is not None else r.text.partition(OPEN)[0].strip()
+
+
+def missing(path: Path, version: str, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts of which the file has no line under this version, this rank's share."""
+    lines = [row for _, _, row in read_lines(path)] if path.exists() else []
+    there = {(x["prompt_id"], x["sample"]) for x in lines if x["version"] == version}
+    left = [r for r in rollouts if (r.prompt_id, r.sample) not in there and spoken(r)]
+    return left[parallel.rank() :: parallel.world_size()]
+
+
+def line_of(r: Rollout, version: str, **values: object) -> dict:
+    return {"prompt_id": r.prompt_id, "sample": r.sample, "version": version, **values}
+
+
+CHUNK = 64  # answers between two writes: what a kill can cost
+
+
+def read_digits(cell: Cell, scorer: str, reader: Reader, version: str) -> None:
+    """What the scorer would write behind each of the cell's answers; own=... only behind its own
+    blocks."""
+    path = cell.folder / f"digits_{scorer}.jsonl"
+    rollouts = rollouts_of(cell.folder)
+    version = f"{version} on {rollouts[0].weight_version}"
+    todo = missing(path, version, rollouts)
+    parallel.barrier()  # every rank has read the file before one writes
+    own_cell = cell.folder.name == scorer
+    for rows in chunks(todo, f"{scorer} reads {cell.name}"):
+        readings = reader.read([Question(r.prompt_ids, spoken(r), r.judge_scores) for r in rows])
+        blocks = [r for r in rows if own_cell and r.score_positions is not None]
+        own = dict(zip(map(id, blocks), reader.own(blocks), strict=True))
+        for r, reading in zip(rows, readings, strict=True):
+            values = reading._asdict() if reading else dict.fromkeys(Reading._fields)
+            append_line(path, line_of(r, version, **values, own=own.get(id(r))))
+    parallel.barrier()
+
+
+def read_sensitivity(cell: Cell, reader: Reader, version: str) -> None:
+    """The model's scores for its answer as it is, for another prompt's answer in its place, and for
+    its first half."""
+    path = cell.folder / "sensitivity.jsonl"
+    rollouts = [r for r in rollouts_of(cell.folder) if r.answer is not None]
+    by_prompt = {r.prompt_id: r.answer for r in rollouts}
+    ids = list(by_prompt)
+    another = {p: by_prompt[q] for p, q in zip(ids, ids[1:] + ids[:1], strict=True)}
+    version = f"{version} on {rollouts[0].weight_version}" if rollouts else version
+    todo = missing(path, version, rollouts)
+    parallel.barrier()
+    for rows in chunks(todo, f"{cell.name}, exchanged and cut"):
+        texts = {
+            "as_it_is": [r.answer for r in rows],
+            "another": [another[r.prompt_id] for r in rows],
+            "cut": [r.answer[: (len(r.answer) + 1) // 2].strip() for r in rows],
+        }
+        scores = {
+            kind: [x and x.scores for x in reader.read(
+                [Question(r.prompt_ids, text) for r, text in zip(rows, found, strict=True)]
+            )]
+            for kind, found in texts.items()
+        }  # fmt: skip
+        for k, r in enumerate(rows):
+            append_line(path, line_of(r, version, **{kind: x[k] for kind, x in scores.items()}))
+    parallel.barrier()
+
+
+def chunks(rows: Sequence[Rollout], label: str) -> Iterable[Sequence[Rollout]]:
+    starts = range(0, len(rows), CHUNK)
+    bar = tqdm(starts, desc=label, leave=False, disable=parallel.rank() != 0 or not rows)
+    return (rows[i : i + CHUNK] for i in bar)
+
+
+def write_lines(path: Path, lines: Sequence[dict]) -> None:
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def scores_file(judge: str) -> str:
+    return f"scores_{re.sub(r'[^A-Za-z0-9.+-]', '_', judge)}.jsonl"
+
+
+def judge_more(config: EvalConfig, cell: Cell, prompts: dict[str, Prompt]) -> None:
+    """Malformed answers and repeats by the judge, all answers by the held-out judges. Raises
+    JudgeError."""
+    rollouts = rollouts_of(cell.folder)
+    valid = [r for r in rollouts if r.judge_scores is not None]
+    malformed = [r for r in rollouts if r.judge_scores is None and spoken(r)]
+    repeated = valid[: config.repeat_answers] if config.repeat > 1 else []
+    work = {cell.judge: [(malformed, 1), (repeated, config.repeat)]}
+    work |= {name: [(valid, 1)] for name in config.judges}
+    for name, parts in work.items():
+        judge = make_judge(dataclasses.replace(cell, judge=name), cell.folder / LEDGER)
+        lines = []
+        for rows, repeat in parts:
+            answers = [
+                Answer.of(r, prompts[r.prompt_id], spoken(r), cell.use_references) for r in rows
+            ]
+            for r, draws in zip(rows, judge_again(judge, answers, repeat), strict=True):
+                lines += [
+                    line_of(r, r.weight_version, draw=d, scores=s) for d, s in enumerate(draws)
+                ]
+        write_lines(cell.folder / scores_file(name), lines)
+
+
+def prefer_over(base: Cell, cell: Cell, prompts: dict[str, Prompt]) -> None:
+    """The referee's choice between the base's answers and this model's. Raises JudgeError."""
+    theirs = {(r.prompt_id, r.sample): r for r in rollouts_of(base.folder) if r.answer is not None}
+    ours = [r for r in rollouts_of(cell.folder)
+            if r.answer is not None and (r.prompt_id, r.sample) in theirs]  # fmt: skip
+    judge = make_judge(cell, cell.folder / LEDGER)
+    pairs = [(r, theirs[r.prompt_id, r.sample]) for r in ours]
+    works = [prefer(judge, prompts[r.prompt_id].conversation, r.answer, o.answer) for r, o in pairs]
+    found = Background().submit(ask_all(works, f"{cell.name} against the base")).result()
+    lines = [
+        line_of(r, r.weight_version, **p._asdict(), longer_by=len(r.answer) - len(o.answer))
+        for (r, o), p in zip(pairs, found, strict=True)
+    ]
+    write_lines(cell.folder / "preferences.jsonl", lines)
+
+
+def run(config: EvalConfig, table: dict[tuple[str, str], Cell], read: dict) -> None:
+    """All stages. Raises JudgeError."""
+    models = list(dict.fromkeys(m for m, _ in table))
+    of = {m: {b: cell for (n, b), cell in table.items() if n == m} for m in models}
+    sampler = None
+    try:
+        if "answers" in config.stages:
+            for (model, benchmark), cell in table.items():
+                inputs = read[model, benchmark]
+                sampler = sampler or load_sampler(cell, inputs)
+                hand_over(sampler, cell, inputs)
+                figures = answer(cell, inputs, sampler)
+                parallel.print0(f"\n{cell.name}, judge {cell.judge}\n{render(figures)}")
+            sampler.rest()
+        for scorer in models:
+            if not {"digits", "sensitivity"} & set(config.stages):
+                break
+            folder = next(iter(read[scorer, b].model for b in of[scorer]))
+            reader, version = Reader(folder, config.dtype), weights_id(folder)
+            for cell in table.values() if "digits" in config.stages else ():
+                read_digits(cell, scorer, reader, version)
+            for cell in of[scorer].values() if "sensitivity" in config.stages else ():
+                read_sensitivity(cell, reader, version)
+        error = None
+        if parallel.rank() == 0:
+            try:
+                for (model, benchmark), cell in table.items():
+                    prompts = {p.id: p for p in read[model, benchmark].prompts}
+                    if "judges" in config.stages:
+                        judge_more(config, cell, prompts)
+                    if "preferences" in config.stages and model != models[0]:
+                        prefer_over(table[models[0], benchmark], cell, prompts)
+            except JudgeError as failure:
+                error = failure
+        parallel.raise_together(error)
+    finally:
+        if sampler:
+            sampler.close()  # last: vLLM ends the process group with itself
+
+
 def main() -> None:
     config = tyro.cli(EvalConfig, description=__doc__)
     try:
         config = dataclasses.replace(config, sampler=choose(config.sampler))
-        prepared = prepare(config)
+        table = cells(config)
+        read = {key: prepare(cell) for key, cell in table.items()}
     except ValueError as error:
         raise SystemExit(
             f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
         ) from None
-    with parallel.process_group(), closing(load_sampler(config, prepared[1])) as sampler:
+    with parallel.process_group():
         try:
-            table = run(config, *prepared, sampler)
+            run(config, table, read)
         except JudgeError as error:
             raise SystemExit(f"error: {error}") from None
-        parallel.print0(f"\n{config.name}, judge {config.judge}\n{render(table)}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import metrics
 import reward
+from buffer import Rollout
 from client import Background, ChatClient, JudgeError, Replay
 from data import Prompt, load_prompts
 from endpoint import ClientConfig, Endpoint, Form, Service
@@ -233,6 +234,11 @@ class Answer(NamedTuple):
     self_scores: Scores | None
     known: Scores | None  # the scores on file, or a human's
 
+    @classmethod
+    def of(cls, r: Rollout, prompt: Prompt, text: str, use_references: bool) -> "Answer":
+        references = prompt.references if use_references else ()
+        return cls(prompt, references, text, r.self_scores, r.judge_scores)
+
 
 def answers_of(source: Source, prompts: dict[str, Prompt], use_references: bool) -> list[Answer]:
     """The well-formed ones. Raises ValueError for a prompt that the file does not have."""
@@ -243,16 +249,7 @@ def answers_of(source: Source, prompts: dict[str, Prompt], use_references: bool)
                 f"{source.name}: prompt {r.prompt_id!r} is not in the prompt file; give the file "
                 "that the answers were made from with --data"
             )
-    return [
-        Answer(
-            prompts[r.prompt_id],
-            prompts[r.prompt_id].references if use_references else (),
-            r.answer,
-            r.self_scores,
-            r.judge_scores,
-        )
-        for r in valid
-    ]
+    return [Answer.of(r, prompts[r.prompt_id], r.answer, use_references) for r in valid]
 
 
 async def ask_all(works: Sequence, what: str) -> list:
@@ -276,6 +273,8 @@ async def ask_all(works: Sequence, what: str) -> list:
 
 def judge_again(judge, answers: Sequence[Answer], repeat: int) -> list[list[Scores]]:
     """Per answer `repeat` scores."""
+    if not answers:
+        return []
     works = [
         judge.score(a.prompt.conversation, a.text, a.references, draw=draw)
         for a in answers

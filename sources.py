@@ -59,13 +59,13 @@ def load(path: Path) -> list[Source]:
         Source(
             str(path),
             json.loads((path / "config.json").read_text()),
-            _rollouts(path),
+            rollouts_of(path),
             list(read_tries(ledger)) if ledger.exists() else [],
         )
     ]
 
 
-def _rollouts(folder: Path) -> list[Rollout]:
+def rollouts_of(folder: Path) -> list[Rollout]:
     """All of a run's; of an evaluation's those of its newest weights, one for each sample."""
     of_cycles = sorted((folder / "rollouts").glob("cycle_*.jsonl"))
     if of_cycles:

@@ -90,25 +90,26 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     ]  # fmt: skip
 
     options = {
-        "model": run / "checkpoints" / "cycle_02", "data": prompt_file, "name": "after",
-        "judge": "heuristic", "sampler": "transformers", "samples": 3, "exclude_window": run,
+        "models": f"after={run / 'checkpoints' / 'cycle_02'}", "benchmarks": f"own={prompt_file}",
+        "judge": "heuristic", "sampler": "transformers", "samples": 3, "window": run, "name": "x",
         "template": "short",
         "sampling.max_tokens": 120, "prompt_tokens": 700, "sample_rows": 6,
     }  # fmt: skip
     evaluate = [str(ROOT / "evaluate.py")]
     evaluate += [word for k, v in options.items() for word in (f"--{k}", str(v))]
     finish(start_ranks(2, evaluate, tmp_path))
-    answers = buffer.read(tmp_path / "results" / "after" / "rollouts.jsonl")
-    first = (tmp_path / "results" / "after" / "summary.json").read_text()
+    cell = tmp_path / "results" / "x" / "own" / "after"
+    answers = buffer.read(cell / "rollouts.jsonl")
+    first = (cell / "summary.json").read_text()
     finish(start_ranks(2, evaluate, tmp_path))  # all is on file: nothing is sampled
-    assert (tmp_path / "results" / "after" / "summary.json").read_text() == first
+    assert (cell / "summary.json").read_text() == first
     finish(start_ranks(1, [*evaluate, "--sample_rows", "3"], tmp_path))  # other steps: all anew
-    again = json.loads((tmp_path / "results" / "after" / "summary.json").read_text())
+    again = json.loads((cell / "summary.json").read_text())
     assert again["metrics"]["well_formed"]["n"] == 12
-    (tmp_path / "results" / "after" / "summary.json").write_text(first)
+    (cell / "summary.json").write_text(first)
     window = set(json.loads((run / "window.json").read_text()))
     assert len(answers) == 4 * 3 and not {r.prompt_id for r in answers} & window
-    summary = json.loads((tmp_path / "results" / "after" / "summary.json").read_text())
+    summary = json.loads((cell / "summary.json").read_text())
     well_formed = summary["metrics"]["well_formed"]
     assert well_formed["n"] == 12
     assert well_formed["mean"] == pytest.approx(sum(r.reward != -1 for r in answers) / 12)

@@ -14,7 +14,7 @@ import metrics
 import reward
 from buffer import append
 from data import load_prompts
-from evaluate import EvalConfig
+from evaluate import Cell
 from files import write_text
 from judge import Command, run
 from metrics import ATTRIBUTES
@@ -32,7 +32,7 @@ def folder(tmp_path, tokenizer):
     def make(name: str, word: str = "Fine") -> Path:
         path = tmp_path / "results" / name
         path.mkdir(parents=True)
-        config = EvalConfig("m", str(data), name, judge="some-judge", samples=2)
+        config = Cell(model="m", data=str(data), name=name, judge="some-judge", samples=2)
         write_text(path / "config.json", json.dumps(dataclasses.asdict(config)))
         for p in load_prompts(data):
             for k in range(2):

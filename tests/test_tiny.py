@@ -13,6 +13,7 @@ import demo
 import evaluate
 import prompts
 import tiny
+from digits import Reader
 from judge import offline_judge
 from policy import load_model, load_tokenizer
 
@@ -194,7 +195,7 @@ def test_the_demo_from_checkpoints_to_figure(tmp_path, monkeypatch):
     assert (tmp_path / "f.png").stat().st_size > 20_000
 
     [r, *_] = [r for r in point.answers if r.score_positions]
-    [rows] = demo.digit_logp(point.checkpoint, [r])
+    [rows] = Reader(point.checkpoint, "float32").own([r])
     model, tokenizer = load_model(point.checkpoint, torch.float32), load_tokenizer(base)
     at = len(r.prompt_ids) + r.score_positions[2]  # coherence
     before = torch.tensor([[*r.prompt_ids, *r.response_ids][:at]])
@@ -212,12 +213,12 @@ def test_intervals_over_seeds_by_hand():
 def test_evaluation_takes_the_rubric(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = tiny.main(SMALL)
-    config = evaluate.EvalConfig(
+    cell = evaluate.Cell(
         model=str(base), data=str(base / "dev.jsonl"), name="x", judge="rubric", template="bare",
         prompt_tokens=64, dtype="float32", sampler="transformers",
         sampling=evaluate.SamplingParams(max_tokens=8),
     )  # fmt: skip
-    read, inputs = evaluate.prepare(config)
-    with closing(evaluate.load_sampler(config, inputs)) as sampler:
-        table = evaluate.run(config, read, inputs, sampler)
+    inputs = evaluate.prepare(cell)
+    with closing(evaluate.load_sampler(cell, inputs)) as sampler:
+        table = evaluate.answer(cell, inputs, sampler)
     assert table["well_formed"].n == 10

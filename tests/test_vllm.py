@@ -122,13 +122,16 @@ def test_a_run_with_vllm_killed_and_continued(tmp_path, parrot_folder, prompt_fi
         assert len({r.seed for r in rollouts}) == len(rollouts)
 
     options = {
-        "model": run / "checkpoints" / "cycle_02", "data": prompt_file, "name": "after",
+        "models": f"after={run / 'checkpoints' / 'cycle_02'}", "benchmarks": f"own={prompt_file}",
+        "name": "x",
         "judge": "heuristic", "sampler": "vllm", "samples": 2, "template": "short",
         "sampling.max_tokens": 120, "prompt_tokens": 700, "engine.kv_cache_gb": 0.1,
     }  # fmt: skip
     evaluate = [word for k, v in options.items() for word in (f"--{k}", str(v))]
     finish(start_ranks(2, [str(ROOT / "evaluate.py"), *evaluate], tmp_path))
-    summary = json.loads((tmp_path / "results" / "after" / "summary.json").read_text())
+    summary = json.loads(
+        (tmp_path / "results" / "x" / "own" / "after" / "summary.json").read_text()
+    )
     assert summary["metrics"]["well_formed"]["n"] == 12 * 2
     assert summary["metrics"]["well_formed"]["mean"] > 0.5
 

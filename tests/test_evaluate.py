@@ -1,0 +1,166 @@
+"""Models, benchmarks and judges into result files: .venv/bin/python -m pytest
+tests/test_evaluate.py"""
+
+import dataclasses
+import json
+import random
+import time
+
+import pytest
+import torch
+from conftest import ROOT, finish, start_ranks
+from transformers import AutoModelForCausalLM
+
+import evaluate
+import prompts
+from data import Prompt, near_duplicates
+from digits import Question, Reader
+from ledger import read_lines
+from sources import rollouts_of
+
+
+@pytest.fixture(scope="module")
+def changed_folder(tmp_path_factory, parrot_folder, tokenizer):
+    """The parrot with other weights of the same shape."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(parrot_folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    path = tmp_path_factory.mktemp("changed")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def command(base, other, *benchmarks, **options):
+    values = {
+        "judge": "fake", "judges": "another", "sampler": "transformers", "template": "short",
+        "sampling.max_tokens": 120, "prompt_tokens": 700, "sample_rows": 6, "samples": 2,
+        "dtype": "float32", "repeat": 3, "repeat_answers": 4, "name": "x",
+        "client.concurrency": 4, "client.backoff": 0.01,
+    } | options  # fmt: skip
+    args = [str(ROOT / "evaluate.py"), "--models", f"base={base}", f"other={other}", "--benchmarks"]
+    args += [f"{name}={path}" for name, path in benchmarks]
+    return args + [word for k, v in values.items() for word in (f"--{k}", str(v))]
+
+
+def lines(path):
+    return [row for _, _, row in read_lines(path)]
+
+
+def contents(folder):
+    """All results, without what depends on the order or time of writing."""
+    found = {}
+    for path in sorted(folder.rglob("*.jsonl")):
+        if path.name != "judge_cache.jsonl":
+            rows = (json.dumps(row, sort_keys=True) for row in lines(path))
+            found[str(path.relative_to(folder))] = sorted(rows)
+    return found
+
+
+def test_all_stages_killed_and_continued(
+    tmp_path, parrot_folder, changed_folder, prompt_file, fake_judge
+):
+    """Two models, two benchmarks, two judges, two ranks: every file holds what it says, and an
+    evaluation that was killed ends as one that was not."""
+    second = tmp_path / "second.jsonl"
+    second.write_text(json.dumps({"prompt": "Say something about moss and clay."}) + "\n")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    args = command(parrot_folder, changed_folder, ("one", prompt_file), ("two", second))
+    began = time.monotonic()
+    finish(start_ranks(2, args, whole))
+    took, asked = time.monotonic() - began, len(fake_judge.bodies)
+    finish(start_ranks(2, args, whole))  # all is on file
+    assert len(fake_judge.bodies) == asked
+
+    folder = whole / "results" / "x"
+    base, other = folder / "one" / "base", folder / "one" / "other"
+    rollouts = {cell: rollouts_of(cell) for cell in (base, other)}
+    versions = {r.weight_version for rows in rollouts.values() for r in rows}
+    assert len(versions) == 2 and all(len(rows) == 24 for rows in rollouts.values())
+    assert {r.text for r in rollouts[base]} != {r.text for r in rollouts[other]}
+    assert len(rollouts_of(folder / "two" / "other")) == 2
+
+    # Each scorer read each model's answers; its own blocks too, and nobody else's.
+    for cell in (base, other):
+        for scorer, weights in (("base", parrot_folder), ("other", changed_folder)):
+            rows = {
+                (x["prompt_id"], x["sample"]): x for x in lines(cell / f"digits_{scorer}.jsonl")
+            }
+            spoken = {(r.prompt_id, r.sample): r for r in rollouts[cell] if evaluate.spoken(r)}
+            assert rows.keys() == spoken.keys()
+            key = next(k for k, r in spoken.items() if r.score_positions)
+            r = spoken[key]
+            reader = Reader(weights, "float32")
+            [reading] = reader.read([Question(r.prompt_ids, r.answer, r.judge_scores)])
+            assert rows[key]["scores"] == list(reading.scores)
+            torch.testing.assert_close(
+                torch.tensor(rows[key]["judge"]), torch.tensor(reading.judge), rtol=0, atol=1e-3
+            )
+            assert (rows[key]["own"] is not None) == (cell.name == scorer)
+    for x in lines(other / "sensitivity.jsonl"):
+        assert all(prompts.valid_scores(x[kind]) for kind in ("as_it_is", "another", "cut"))
+
+    # Judges: the held-out one has all well-formed answers; ours three of the first four.
+    valid = [r for r in rollouts[other] if r.judge_scores]
+    held_out = {(x["prompt_id"], x["sample"]): x for x in lines(other / "scores_another.jsonl")}
+    assert held_out.keys() == {(r.prompt_id, r.sample) for r in valid}
+    ours = lines(other / "scores_fake.jsonl")
+    repeats = [x for x in ours if x["draw"] == 2]
+    assert len(repeats) == 4 and {x["draw"] for x in ours} == {0, 1, 2}
+    malformed = {(r.prompt_id, r.sample) for r in rollouts[other] if not r.judge_scores}
+    judged_once = {(x["prompt_id"], x["sample"]) for x in ours} & malformed
+    assert judged_once == {k for k in malformed if any(
+        (r.prompt_id, r.sample) == k and evaluate.spoken(r) for r in rollouts[other])}  # fmt: skip
+    preferences = lines(other / "preferences.jsonl")
+    both = {(r.prompt_id, r.sample) for r in rollouts[base] if r.answer} & {
+        (r.prompt_id, r.sample) for r in valid
+    }
+    assert {(x["prompt_id"], x["sample"]) for x in preferences} == both
+    assert not (base / "preferences.jsonl").exists()
+
+    seed = random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    for _ in range(2):
+        ranks = start_ranks(2, args, killed)
+        deadline = time.monotonic() + rng.uniform(0.2, 0.95) * took
+        while time.monotonic() < deadline and any(p.poll() is None for p in ranks):
+            time.sleep(0.01)
+        for p in ranks:
+            p.kill()
+            p.communicate()
+    finish(start_ranks(2, args, killed))
+    assert contents(killed / "results") == contents(whole / "results"), f"seed {seed}"
+
+
+MISTAKES = {
+    "twice": ({"models": ("a=x", "a=y")}, "a is no name of its own"),
+    "no name": ({"models": ("a b=x",)}, "a b is no name"),
+    "no benchmark": ({"benchmarks": ()}, "--benchmarks: nothing"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_names_are_checked(case):
+    options, said = MISTAKES[case]
+    config = evaluate.EvalConfig(models=("m",), benchmarks=("b.jsonl",), name="x")
+    assert list(evaluate.cells(config)) == [("m", "b")]
+    with pytest.raises(ValueError, match=said):
+        evaluate.cells(dataclasses.replace(config, **options))
+
+
+def test_near_duplicates_are_found():
+    def ask(text):
+        return Prompt(text, ({"role": "user", "content": text},))
+
+    known = [ask("How do I reverse a list in Python without changing the original?")]
+    asked = [
+        ask("How do I reverse a list in Python, without changing the original?!"),
+        ask("How do I reverse a string in Java?"),
+        ask("What is the capital of France?"),
+    ]
+    assert near_duplicates(asked, known) == [True, False, False]
+    assert near_duplicates(asked, []) == [False] * 3 and near_duplicates([], known) == []
