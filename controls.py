@@ -12,7 +12,6 @@ Shapes: N responses, 5 attributes, 10 digits. s, j: (N, 5) integers 0-9, the mod
 judge's. prompts: the N prompt ids. logp: (N, 5, 10) log-probabilities of the digit tokens.
 """
 
-import itertools
 import math
 import re
 from collections import defaultdict
@@ -140,18 +139,21 @@ def within_prompts(
     x: Sequence[float], y: Sequence[float], prompts: Sequence[str]
 ) -> Discrimination:
     """x: the model's figure, y: the judge's, of responses; pairs are of one prompt."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
     right = pairs = 0.0
     taus = []
     for g in groups(prompts):
-        for a, b in itertools.combinations(g, 2):
-            if y[a] != y[b]:
-                pairs += 1
-                right += 0.5 if x[a] == x[b] else float((x[a] > x[b]) == (y[a] > y[b]))
-        mine, theirs = [x[i] for i in g], [y[i] for i in g]
-        if len(set(mine)) > 1 and len(set(theirs)) > 1:
-            taus.append(kendalltau(mine, theirs).statistic)
+        a, b = np.triu_indices(len(g), 1)
+        mine, theirs = (np.sign(v[g][a] - v[g][b]) for v in (x, y))
+        apart = theirs != 0
+        pairs += apart.sum()
+        right += ((1 + mine * theirs) / 2)[apart].sum()
+        if mine.any() and apart.any():
+            taus.append(kendalltau(x[g], y[g]).statistic)
     return Discrimination(
-        right / pairs if pairs else None, int(pairs), float(np.mean(taus)) if taus else None
+        float(right / pairs) if pairs else None,
+        int(pairs),
+        float(np.mean(taus)) if taus else None,
     )
 
 

@@ -11,7 +11,6 @@ runs/demo/ and results/demo/. What the miniature is, and what it is not, stands 
 """
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ from buffer import Rollout
 from data import load_prompts
 from digits import Reader
 from files import write_text
-from logbook import checkpoints, read_metrics
+from logbook import checkpoints, metrics_until
 from metrics import (
     Estimate,
     best_constant,
@@ -95,7 +94,6 @@ def points(run: Path, base: Path, split: Path) -> list[Point]:
     `split`."""
     found = [Point(0, 0, 0, 0, base, *answers(base, "base", split, run))]
     window = len(json.loads((run / "window.json").read_text()))
-    lines = read_metrics(run)
     judged = Counter(
         (r.cycle, r.step)
         for path in (run / "rollouts").glob("*.jsonl")
@@ -103,10 +101,8 @@ def points(run: Path, base: Path, split: Path) -> list[Point]:
         if r.judge_scores is not None
     )
     for checkpoint in checkpoints(run):
-        _, cycle, *rest = checkpoint.name.split("_")
-        last = (int(cycle), int(rest[1]) if rest else math.inf)  # in the middle of a phase, or not
-        rl = [m for m in lines if m["phase"] == "rl" and (m["cycle"], m["step"]) <= last]
-        sft = [m for m in lines if m["phase"] == "sft" and m["cycle"] <= last[0]]
+        lines = metrics_until(checkpoint)
+        rl, sft = ([m for m in lines if m["phase"] == phase] for phase in ("rl", "sft"))
         passes = rl[-1]["sample_passes"]
         calls = sum(judged[m["cycle"], m["step"]] for m in rl)
         updates, unique = len(rl) + len(sft), min(passes, window)

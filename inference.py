@@ -10,7 +10,7 @@ comparisons of a table are corrected together (Holm).
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -131,3 +131,31 @@ def length_adjusted(results: Sequence[int], length_differences: Sequence[float])
         except PerfectSeparationWarning:
             return None
     return float(expit(fit.params[0]))
+
+
+def of_statistic(
+    statistic: Callable[[np.ndarray, Sequence], float | None], prompts: Sequence[str], seed: int = 0
+) -> Interval:
+    """A figure of a choice of responses (their indices, and what stands for their prompts: one
+    drawn twice is two) with a percentile interval over 200 draws of the prompts. Draws in which it
+    is not defined are left out."""
+    units = list(dict.fromkeys(prompts))
+    where = [np.flatnonzero(np.asarray(prompts) == unit) for unit in units]
+    value = statistic(np.arange(len(prompts)), prompts) if units else None
+    if value is None or len(units) < 2:
+        return Interval(value, None, None, len(units))
+
+    def drawn(chosen: np.ndarray) -> float:
+        index = np.concatenate([where[k] for k in chosen])
+        found = statistic(index, np.repeat(np.arange(len(chosen)), [len(where[k]) for k in chosen]))
+        return np.nan if found is None else found
+
+    found = bootstrap(
+        (np.arange(len(units)),), drawn, vectorized=False, n_resamples=200,
+        method="percentile", rng=np.random.default_rng(seed),
+    ).bootstrap_distribution  # fmt: skip
+    found = found[~np.isnan(found)]
+    if not len(found):
+        return Interval(value, None, None, len(units))
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high), len(units))

@@ -1,0 +1,140 @@
+"""What evaluate.py left on file, read for tables: one Cell per model and benchmark."""
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from buffer import Rollout, read
+from controls import calibrations
+from data import Prompt, load_prompts
+from hub import data_file
+from ledger import read_lines
+from prompts import Scores, transcript
+from sources import rollouts_of
+
+Key = tuple[str, int]  # prompt id, sample
+
+
+@dataclass
+class Cell:
+    """One model's answers to one benchmark, with all that was said of them."""
+
+    benchmark: str
+    model: str
+    config: dict
+    rollouts: list[Rollout]
+    judged: dict[str, list[dict]] = field(default_factory=dict)  # judge -> lines of scores_JUDGE
+    digits: dict[str, dict[Key, dict]] = field(default_factory=dict)  # scorer -> lines by answer
+    sensitivity: list[dict] = field(default_factory=list)
+    preferences: list[dict] = field(default_factory=list)
+
+    @cached_property
+    def valid(self) -> list[Rollout]:
+        return [r for r in self.rollouts if r.judge_scores is not None]
+
+    @cached_property
+    def keys(self) -> list[Key]:
+        return [(r.prompt_id, r.sample) for r in self.valid]
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return [r.prompt_id for r in self.valid]
+
+    @cached_property
+    def s(self) -> np.ndarray:
+        return np.array([r.self_scores for r in self.valid]).reshape(-1, 5)
+
+    @cached_property
+    def j(self) -> np.ndarray:
+        return np.array([r.judge_scores for r in self.valid]).reshape(-1, 5)
+
+    @cached_property
+    def data(self) -> list[Prompt]:
+        """The prompt file; [] where it is not at hand."""
+        try:
+            return load_prompts(data_file(self.config["data"]))
+        except ValueError:
+            return []
+
+    @cached_property
+    def references(self) -> dict[str, list[Scores]]:
+        """The human labels of each prompt's reference responses."""
+        return {p.id: [r.scores for r in p.references] for p in self.data if p.references}
+
+    @cached_property
+    def questions(self) -> dict[str, str]:
+        """Each prompt's conversation."""
+        return {p.id: transcript(p.conversation) for p in self.data}
+
+    @property
+    def gamma(self) -> float:
+        return self.config["reward"]["gamma"]
+
+    @cached_property
+    def calibration(self) -> np.ndarray:
+        return calibrations(self.s, self.j, self.gamma)
+
+    @cached_property
+    def draws(self) -> dict[Key, list[tuple]]:
+        """Repeated judgements of the judge, by answer; malformed answers have one."""
+        found: dict[Key, list[tuple]] = {}
+        for x in self.judged.get(self.config["judge"], []):
+            found.setdefault((x["prompt_id"], x["sample"]), []).append(tuple(x["scores"]))
+        return found
+
+
+@dataclass
+class Window:
+    """The training window's judgements, on which trivial predictors are fitted."""
+
+    rollouts: list[Rollout]
+
+    @property
+    def s(self) -> np.ndarray:
+        return np.array([r.self_scores for r in self.rollouts])
+
+    @property
+    def j(self) -> np.ndarray:
+        return np.array([r.judge_scores for r in self.rollouts])
+
+
+@dataclass
+class Evaluation:
+    """One folder of results; several are runs with other seeds."""
+
+    folder: Path
+    cells: dict[tuple[str, str], Cell]  # by (benchmark, model)
+    window: Window | None
+
+    def __getitem__(self, key: tuple[str, str]) -> Cell:
+        return self.cells[key]
+
+
+def load(folder: Path) -> Evaluation:
+    """Raises ValueError for a folder without results."""
+    cells = {}
+    for known in sorted(folder.glob("*/*/config.json"), key=lambda p: p.stat().st_mtime_ns):
+        path, config = known.parent, json.loads(known.read_text())
+        digits = {
+            p.stem.removeprefix("digits_"): {(x["prompt_id"], x["sample"]): x for x in rows(p)}
+            for p in path.glob("digits_*.jsonl")
+        }
+        judged = {p.stem.removeprefix("scores_"): rows(p) for p in path.glob("scores_*.jsonl")}
+        cells[path.parent.name, path.name] = Cell(
+            path.parent.name, path.name, config,
+            sorted(rollouts_of(path), key=lambda r: (r.prompt_id, r.sample)), judged, digits,
+            rows(path / "sensitivity.jsonl"), rows(path / "preferences.jsonl"),
+        )  # fmt: skip
+    if not cells:
+        raise ValueError(f"{folder}: no results of evaluate.py there; give results/NAME")
+    run = next(iter(cells.values())).config.get("window")
+    first = read(Path(run) / "rollouts" / "cycle_01.jsonl") if run else []
+    judged = [r for r in first if r.judge_scores is not None]
+    return Evaluation(folder, cells, Window(judged) if judged else None)
+
+
+def rows(path: Path) -> list[dict]:
+    return [row for _, _, row in read_lines(path)] if path.exists() else []
