@@ -228,26 +228,36 @@ def swap(t: Tables) -> Table:
 def discrimination(t: Tables) -> Table:
     """Does it tell answers to the same prompt apart, or only prompts?"""
 
-    def one(b: str, m: str, where: Callable, figure: str) -> str:
-        def of(c: Cell, index: np.ndarray, units: Sequence) -> float | None:
-            return getattr(where(qualities(c.s)[index], qualities(c.j)[index], units), figure)
-
-        return show(t.statistic(b, m, of))
+    def within(c: Cell) -> list[controls.Ordering]:
+        return controls.within_prompts(qualities(c.s), qualities(c.j), c.prompts)
 
     def row(b: str, m: str) -> list[str]:
-        c = t.first[b, m]
-        pairs = controls.within_prompts(qualities(c.s), qualities(c.j), c.prompts).pairs
+        found = [within(e[b, m]) for e in t.evaluations]
+        if len(found) == 1:
+            accuracy = inference.ratio([o.right for o in found[0]], [o.pairs for o in found[0]])
+            known = [o.tau for o in found[0] if o.tau is not None]
+            tau = inference.over_prompts(known, list(map(str, range(len(known)))))
+        else:
+            sums = [(sum(o.right for o in f), sum(o.pairs for o in f)) for f in found]
+            accuracy = inference.over_seeds([right / pairs for right, pairs in sums if pairs])
+            taus = [[o.tau for o in f if o.tau is not None] for f in found]
+            tau = inference.over_seeds([float(np.mean(x)) for x in taus if x])
+
+        def between(c: Cell, index: np.ndarray, units: Sequence, figure: str) -> float | None:
+            own, judge = (controls.prompt_means(q[index], units)
+                          for q in (qualities(c.s), qualities(c.j)))  # fmt: skip
+            return getattr(controls.ordering(own, judge), figure)
+
         return [
-            b, m, f"{pairs:,}", one(b, m, controls.within_prompts, "accuracy"),
-            one(b, m, controls.within_prompts, "tau"),
-            one(b, m, controls.between_prompts, "accuracy"),
-            one(b, m, controls.between_prompts, "tau"),
+            b, m, f"{sum(o.pairs for f in found for o in f):,}", show(accuracy), show(tau),
+            *(show(t.statistic(b, m, partial(between, figure=x))) for x in ("accuracy", "tau")),
         ]  # fmt: skip
 
     return Table(
         "Telling answers apart, by quality",
         "Pairs of answers that the judge tells apart: share that the model orders alike (its ties "
-        "count half), and Kendall's tau-b; within prompts, and between the prompts' means.",
+        "count half; 0.5 is chance), and Kendall's tau-b; within prompts, and between the prompts' "
+        "means.",
         ["benchmark", "model", "pairs", "within: accuracy", "tau", "between: accuracy", "tau"],
         [row(b, m) for b, m in t.each() if t.first[b, m].valid],
     )
@@ -306,10 +316,13 @@ def formats(t: Tables) -> Table:
 def untrained(t: Tables, digits: str) -> Table:
     """`digits`: "own" or "judge", whose digits stand before each position."""
 
-    def arrays(c: Cell, index: np.ndarray | None = None) -> tuple:
+    def readings(c: Cell) -> dict[Key, list]:
+        return {(r.prompt_id, r.sample): x[digits] for r, x in own_digits(c) if x[digits]}
+
+    def arrays(c: Cell) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """(logp (n, 5, 10), judge's scores (n, 5), prompts)."""
-        read = {(r.prompt_id, r.sample): x[digits] for r, x in own_digits(c) if x[digits]}
-        at = [i for i in (range(len(c.keys)) if index is None else index) if c.keys[i] in read]
+        read = readings(c)
+        at = [i for i, k in enumerate(c.keys) if k in read]
         logp = np.array([read[c.keys[i]] for i in at]).reshape(-1, 5, 10)
         return logp, c.j[at], [c.prompts[i] for i in at]
 
@@ -321,11 +334,17 @@ def untrained(t: Tables, digits: str) -> Table:
         return show(t.mean(b, m, values))
 
     def low_quality(b: str, m: str, of: Callable) -> str:
+        """Of the responses whose digits were read."""
+        stated = {}
+        for c in (e[b, m] for e in t.evaluations):
+            logp, j, _ = arrays(c)
+            keys = [k for k in c.keys if k in readings(c)]
+            below = zip(controls.probability_below(logp, LOW), qualities(j) < LOW, strict=True)
+            stated[id(c)] = dict(zip(keys, below, strict=True))
+
         def value(c: Cell, index: np.ndarray, _: Sequence) -> float | None:
-            logp, j, _ = arrays(c, index)
-            if not len(j):
-                return None
-            return of(controls.probability_below(logp, LOW), qualities(j) < LOW)
+            found = [stated[id(c)][c.keys[i]] for i in index if c.keys[i] in stated[id(c)]]
+            return of(*zip(*found, strict=True)) if found else None
 
         return show(t.statistic(b, m, value))
 
@@ -415,8 +434,12 @@ def uses(t: Tables) -> Table:
 
         return [show(t.statistic(b, m, partial(value, part=part))) for part in controls.Use._fields]
 
-    def best(c: Cell, index: np.ndarray, units: Sequence) -> controls.Use:
-        return controls.best_of_n(qualities(c.s)[index], qualities(c.j)[index], units)
+    def best(b: str, m: str) -> list[str]:
+        def values(c: Cell, part: str) -> Values:
+            found = controls.best_of_n(qualities(c.s), qualities(c.j), c.prompts)
+            return [getattr(x, part) for x in found], list(map(str, range(len(found))))
+
+        return [show(t.mean(b, m, partial(values, part=part))) for part in controls.Use._fields]
 
     def selective(c: Cell, index: np.ndarray, units: Sequence) -> controls.Use:
         return controls.selective_answering(qualities(c.s)[index], qualities(c.j)[index])
@@ -438,7 +461,7 @@ def uses(t: Tables) -> Table:
             continue
         n = t.first[b, m].config["samples"]
         if n > 1:
-            rows.append([b, m, f"best of {n}: quality", *one(b, m, best)])
+            rows.append([b, m, f"best of {n}: quality", *best(b, m)])
         rows.append([b, m, "selective answering: area under risk-coverage", *one(b, m, selective)])
         if t.stronger and m != t.stronger:
             use = f"{SHARE:.0%} escalated to {t.stronger}: quality"

@@ -14,7 +14,7 @@ judge's. prompts: the N prompt ids. logp: (N, 5, 10) log-probabilities of the di
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -129,41 +129,41 @@ def skill(calibration: float, constant: float, ceiling: float) -> float | None:
 # Does it tell answers to the same prompt apart?
 
 
-class Discrimination(NamedTuple):
-    accuracy: float | None  # of pairs that the judge tells apart; a tie of the model's counts half
-    pairs: int
-    tau: float | None  # Kendall's tau-b, mean over the prompts where it is defined
+class Ordering(NamedTuple):
+    """How far x orders things as y does."""
+
+    right: float  # pairs ordered alike, a tie of x counting half
+    pairs: int  # pairs that y tells apart
+    tau: float | None  # Kendall's tau-b; None where x or y does not vary
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.right / self.pairs if self.pairs else None
+
+
+def ordering(x: Sequence[float], y: Sequence[float]) -> Ordering:
+    """x: the model's figures, y: the judge's. With C and D pairs ordered alike and otherwise,
+    tau-b = (C - D) / sqrt((n - ties of x) (n - ties of y)) over n pairs, so it gives C - D, and
+    C plus half of x's ties among y's untied pairs is (untied pairs of y + C - D) / 2."""
+    n = len(x) * (len(x) - 1) // 2
+    free_x, free_y = (n - sum(c * (c - 1) // 2 for c in Counter(v).values()) for v in (x, y))
+    if not free_x or not free_y:
+        return Ordering(free_y / 2, free_y, None)
+    tau = float(kendalltau(x, y).statistic)
+    return Ordering((free_y + tau * math.sqrt(free_x * free_y)) / 2, free_y, tau)
 
 
 def within_prompts(
     x: Sequence[float], y: Sequence[float], prompts: Sequence[str]
-) -> Discrimination:
-    """x: the model's figure, y: the judge's, of responses; pairs are of one prompt."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    right = pairs = 0.0
-    taus = []
-    for g in groups(prompts):
-        a, b = np.triu_indices(len(g), 1)
-        mine, theirs = (np.sign(v[g][a] - v[g][b]) for v in (x, y))
-        apart = theirs != 0
-        pairs += apart.sum()
-        right += ((1 + mine * theirs) / 2)[apart].sum()
-        if mine.any() and apart.any():
-            taus.append(kendalltau(x[g], y[g]).statistic)
-    return Discrimination(
-        float(right / pairs) if pairs else None,
-        int(pairs),
-        float(np.mean(taus)) if taus else None,
-    )
+) -> list[Ordering]:
+    """Of each prompt's responses."""
+    return [ordering([x[i] for i in g], [y[i] for i in g]) for g in groups(prompts)]
 
 
-def between_prompts(
-    x: Sequence[float], y: Sequence[float], prompts: Sequence[str]
-) -> Discrimination:
-    """The same for the prompts' means."""
-    found = groups(prompts)
-    means = ([float(np.mean([v[i] for i in g])) for g in found] for v in (x, y))
-    return within_prompts(*means, ["all"] * len(found))
+def prompt_means(x: Sequence[float], prompts: Sequence[str]) -> np.ndarray:
+    """(prompts,), for the ordering between prompts; of twelve digits, so that equal means are
+    equal."""
+    return np.array([np.mean([x[i] for i in g]) for g in groups(prompts)]).round(12)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,17 +268,18 @@ class Use(NamedTuple):
     oracle: float
 
 
-def best_of_n(own: Sequence[float], judge: Sequence[float], prompts: Sequence[str]) -> Use:
-    """The judge's quality of the response that the model rates best, mean over prompts; among
-    equally rated ones the mean."""
+def best_of_n(own: Sequence[float], judge: Sequence[float], prompts: Sequence[str]) -> list[Use]:
+    """Of each prompt: the judge's quality of the response that the model rates best; among equally
+    rated ones the mean."""
     own, judge = np.asarray(own, float), np.asarray(judge, float)
-    found = groups(prompts)
-    chosen = [judge[g][own[g] == own[g].max()].mean() for g in found]
-    return Use(
-        float(np.mean(chosen)),
-        float(np.mean([judge[g].mean() for g in found])),
-        float(np.mean([judge[g].max() for g in found])),
-    )
+    return [
+        Use(
+            float(judge[g][own[g] == own[g].max()].mean()),
+            float(judge[g].mean()),
+            float(judge[g].max()),
+        )
+        for g in groups(prompts)
+    ]
 
 
 def risk_coverage(confidence: Sequence[float], loss: Sequence[float]) -> np.ndarray:

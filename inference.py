@@ -45,16 +45,24 @@ def over_prompts(values: Sequence[float], prompts: Sequence[str], seed: int = 0)
     units = list(dict.fromkeys(prompts))
     if not units:
         return Interval(None, None, None, 0)
-    sums, counts = _sums(values, prompts, units)
-    mean = sums.sum() / counts.sum()
-    if len(units) < 2:
+    return ratio(*_sums(values, prompts, units), seed)
+
+
+def ratio(tops: Sequence[float], bottoms: Sequence[float], seed: int = 0) -> Interval:
+    """sum(tops) / sum(bottoms) over prompts, those with bottom 0 left out; prompts are drawn."""
+    tops, bottoms = np.asarray(tops, float), np.asarray(bottoms, float)
+    tops, bottoms = tops[bottoms > 0], bottoms[bottoms > 0]
+    if not len(bottoms):
+        return Interval(None, None, None, 0)
+    mean = float(tops.sum() / bottoms.sum())
+    if len(bottoms) < 2:
         return Interval(mean, None, None, 1)
     found = bootstrap(
-        (sums, counts), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, vectorized=True,
-        n_resamples=DRAWS, confidence_level=LEVEL, method="percentile",
+        (tops, bottoms), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True,
+        vectorized=True, n_resamples=DRAWS, confidence_level=LEVEL, method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
-    return Interval(mean, found.low, found.high, len(units))
+    return Interval(mean, float(found.low), float(found.high), len(bottoms))
 
 
 def over_seeds(means: Sequence[float]) -> Interval:

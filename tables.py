@@ -183,7 +183,7 @@ class Tables:
                 both = [(k[0], x, other[k])
                         for k, x in zip(ours.keys, figure(ours), strict=True)
                         if k in other]  # fmt: skip
-                return [((x > y) + (x >= y)) / 2 for _, x, y in both], [p for p, _, _ in both]
+                return [(np.sign(x - y) + 1) / 2 for _, x, y in both], [p for p, _, _ in both]
 
             return over(self.evaluations, values)
 

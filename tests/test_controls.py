@@ -81,17 +81,30 @@ def test_skill():
 
 def test_pairs_within_prompts_with_ties():
     # Prompt a: judge 1 2 2, model 3 3 1. Pairs that the judge tells apart: 0-1 (tie of the model,
-    # half), 0-2 (model 3 > 1, wrong). Prompt b: 5 9, model 0 1, right.
-    got = controls.within_prompts([3, 3, 1, 0, 1], [1, 2, 2, 5, 9], ["a", "a", "a", "b", "b"])
-    assert got.pairs == 3 and got.accuracy == pytest.approx(1.5 / 3)
-    # tau-b of a: one discordant pair; 3 pairs, one tie in each: -1 / sqrt(2 * 2); of b: 1.
-    assert got.tau == pytest.approx((-0.5 + 1) / 2)
+    # half), 0-2 (model 3 > 1, wrong). Prompt b: judge 5 9, model 0 1, right.
+    x, y, prompts = [3, 3, 1, 0, 1], [1, 2, 2, 5, 9], ["a", "a", "a", "b", "b"]
+    a, b = controls.within_prompts(x, y, prompts)
+    # tau-b of a: one discordant pair; of 3 pairs one is tied in each: -1 / sqrt(2 * 2).
+    assert a == pytest.approx((0.5, 2, -0.5)) and a.accuracy == pytest.approx(0.25)
+    assert b == pytest.approx((1, 1, 1))
     # Between: means 7/3 and 0.5 against 5/3 and 7: the wrong way round.
-    means = controls.between_prompts([3, 3, 1, 0, 1], [1, 2, 2, 5, 9], ["a", "a", "a", "b", "b"])
-    assert means == (0.0, 1, -1.0)
-    assert controls.within_prompts([1, 2], [1, 2], ["a", "b"]) == (None, 0, None)
-    assert controls.within_prompts([5, 5], [1, 2], ["a", "a"]) == (0.5, 1, None)
-    assert controls.within_prompts([], [], []) == (None, 0, None)
+    means = [controls.prompt_means(v, prompts) for v in (x, y)]
+    assert means[0] == pytest.approx([7 / 3, 0.5])
+    assert controls.ordering(*means) == pytest.approx((0, 1, -1))
+    assert controls.ordering([5, 5], [1, 2]) == (0.5, 1, None)  # the model does not vary
+    assert controls.ordering([1, 2], [5, 5]) == (0, 0, None)
+    assert controls.ordering([1, 2], [5, 5]).accuracy is None
+    assert controls.ordering([1], [2]) == (0, 0, None) and controls.within_prompts([], [], []) == []
+
+
+def test_orderings_against_counting_pairs():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        x, y = rng.integers(0, 4, (2, 12)).tolist()
+        pairs = [(x[i] - x[k], y[i] - y[k]) for i in range(12) for k in range(i)]
+        apart = [(a, b) for a, b in pairs if b]
+        right = sum(0.5 if a == 0 else a * b > 0 for a, b in apart)
+        assert controls.ordering(x, y)[:2] == pytest.approx((right, len(apart)))
 
 
 # ----------------------------------------------------------------------- what was not trained on
@@ -172,8 +185,8 @@ def test_copied_examples():
 def test_best_of_n():
     own, judge, prompts = [3, 5, 5, 2], [0.2, 0.4, 0.8, 0.5], ["a", "a", "a", "b"]
     # Of a the two rated 5: mean 0.6; b has one.
-    got = controls.best_of_n(own, judge, prompts)
-    assert got == pytest.approx(((0.6 + 0.5) / 2, (1.4 / 3 + 0.5) / 2, (0.8 + 0.5) / 2))
+    a, b = controls.best_of_n(own, judge, prompts)
+    assert a == pytest.approx((0.6, 1.4 / 3, 0.8)) and b == (0.5, 0.5, 0.5)
 
 
 def test_selective_answering():
@@ -212,6 +225,29 @@ def test_an_interval_over_prompts_counts_prompts():
     assert wide.high - wide.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
     assert inference.over_prompts([0.5], ["a"]) == (0.5, None, None, 1)
     assert inference.over_prompts([], []) == (None, None, None, 0)
+
+
+def test_an_interval_of_a_ratio_and_of_any_figure():
+    got = inference.ratio([1, 0, 3], [2, 0, 3])
+    assert got.mean == pytest.approx(4 / 5) and got.n == 2  # a prompt without pairs says nothing
+    assert (got.low, got.high) == (pytest.approx(0.5), pytest.approx(1))
+    assert inference.ratio([], []) == (None, None, None, 0)
+    # A prompt that is drawn twice is two prompts, not one with twice the responses.
+    seen = []
+
+    def figure(index, units):
+        seen.append((len(index), len(set(units))))
+        return float(len(set(units)))
+
+    got = inference.of_statistic(figure, ["a", "a", "b", "c"])
+    assert got.mean == 3 and all(n == 3 for _, n in seen) and {k for k, _ in seen} > {3, 5}
+    assert inference.of_statistic(lambda i, u: None, ["a", "b"]) == (None, None, None, 2)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=400)
+    plain = inference.over_prompts(values, [str(k) for k in range(400)])
+    same = inference.of_statistic(lambda i, u: values[i].mean(), [str(k) for k in range(400)])
+    assert same.mean == pytest.approx(plain.mean)
+    assert same.high - same.low == pytest.approx(plain.high - plain.low, rel=0.2)
 
 
 def test_an_interval_over_seeds_is_students():
