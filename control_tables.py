@@ -164,8 +164,8 @@ def predictors(t: Tables) -> Table:
         "mean for the prompt's other answers. References: the mean human label of the prompt's "
         "reference responses. Ceiling: the judge against itself. Skill: "
         "(calibration - window constant) / (ceiling - window constant).",
-        ["benchmark", "model", "model", "window constant", "test constant", "shuffled", "within",
-         "offset", "isotonic", "surface", "other samples", "references", "ceiling", "skill"],
+        ["benchmark", "model", "its scores", "window constant", "test constant", "shuffled",
+         "within", "offset", "isotonic", "surface", "other samples", "references", "ceiling", "skill"],
         [row(b, m) for b, m in t.each()],
     )  # fmt: skip
 

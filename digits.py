@@ -110,7 +110,7 @@ class Reader:
                 mask = torch.cat([mask, torch.ones_like(more)], dim=1)
                 hidden = self._extend(more, mask, cache)[:, -1]
 
-        cache.crop(width)
+        cache.crop(width - mask.shape[1])  # the digits' tokens, taken off again
         judges = [q.judge or (0,) * 5 for q in questions]
         more, before = [], [0]
         for b, digits in enumerate(judges):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import statsmodels.api as sm
 from scipy.special import expit
-from scipy.stats import bootstrap, permutation_test, t, ttest_1samp
+from scipy.stats import DegenerateDataWarning, bootstrap, permutation_test, t, ttest_1samp
 from statsmodels.stats.multitest import multipletests
 from statsmodels.tools.sm_exceptions import PerfectSeparationWarning
 
@@ -158,10 +158,12 @@ def of_statistic(
         found = statistic(index, np.repeat(np.arange(len(chosen)), [len(where[k]) for k in chosen]))
         return np.nan if found is None else found
 
-    found = bootstrap(
-        (np.arange(len(units)),), drawn, vectorized=False, n_resamples=200,
-        method="percentile", rng=np.random.default_rng(seed),
-    ).bootstrap_distribution  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # of draws without the figure
+        found = bootstrap(
+            (np.arange(len(units)),), drawn, vectorized=False, n_resamples=200,
+            method="percentile", rng=np.random.default_rng(seed),
+        ).bootstrap_distribution  # fmt: skip
     found = found[~np.isnan(found)]
     if not len(found):
         return Interval(value, None, None, len(units))

@@ -1,0 +1,346 @@
+"""Tables, figures and the page from result files worked out by hand: .venv/bin/python -m pytest
+tests/test_report.py"""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_rollout
+
+import control_tables
+import report
+from buffer import append
+from controls import calibrations
+from data import load_prompts
+from evaluate import Cell
+from files import write_text
+from prompts import ATTRIBUTES
+from reward import calibration, quality
+from tables import Tables
+
+SCRIPT = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
+# Two prompts, two samples; the base's last response is malformed. (self, judge) per response.
+BASE = [((8,) * 5, (4, 5, 6, 0, 9)), ((8,) * 5, (6, 6, 6, 2, 2)), ((5,) * 5, (5,) * 5), None]
+SEE = [((4,) * 5, (4, 5, 6, 0, 9)), ((7,) * 5, (8, 8, 8, 2, 2)), ((5,) * 5, (5,) * 5),
+       ((1,) * 5, (2, 2, 2, 0, 0))]  # fmt: skip
+FORCED = (3, 3, 3, 3, 3)  # what the judge says of the malformed answer
+
+
+def ten(digit: int, p: float = 0.5) -> list[float]:
+    """Log-probabilities: p on the digit, the rest even."""
+    return [math.log(p if d == digit else (1 - p) / 9) for d in range(10)]
+
+
+class Maker:
+    def __init__(self, root: Path, tokenizer):
+        self.root, self.tokenizer = root, tokenizer
+        self.data = root / "data.jsonl"
+        rows = [{"prompt": "Question A?"}, {"prompt": f"Question B {SCRIPT}?"}]
+        self.data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        self.prompts = [p.id for p in load_prompts(self.data)]
+        self.keys = [(p, k) for p in self.prompts for k in range(2)]
+
+    def cell(self, name: str, benchmark: str, model: str, answers, samples=2, window="") -> Path:
+        path = self.root / name / benchmark / model
+        path.mkdir(parents=True)
+        cell = Cell(model="m", data=str(self.data), name=str(path), judge="judge", samples=samples,
+                    window=window)  # fmt: skip
+        write_text(path / "config.json", json.dumps(dataclasses.asdict(cell)))
+        for (prompt, sample), scores in zip(self.keys, answers, strict=False):
+            append(path / "rollouts.jsonl", self.rollout(prompt, sample, scores, model))
+        return path
+
+    def rollout(self, prompt, sample, scores, model):
+        own, judge = scores or ((8,) * 5, None)
+        answer = f"{model} says {SCRIPT}"
+        r = make_rollout(self.tokenizer, answer, own, judge, sample=sample)
+        if scores is None:
+            r = dataclasses.replace(r, answer=None, self_scores=None, score_positions=None,
+                                    text=answer)  # fmt: skip
+        return dataclasses.replace(r, prompt_id=prompt)
+
+    def lines(self, path: Path, rows) -> None:
+        path.write_text("".join(json.dumps(
+            {"prompt_id": p, "sample": k, "version": "v", **row}) + "\n"
+            for (p, k), row in zip(self.keys, rows, strict=False) if row is not None))  # fmt: skip
+
+
+@pytest.fixture
+def made(tmp_path, tokenizer):
+    m = Maker(tmp_path, tokenizer)
+    run = tmp_path / "window"
+    (run / "rollouts").mkdir(parents=True)
+    for k, judge in enumerate([(5, 5, 5, 1, 1), (5, 5, 5, 1, 1), (9, 9, 9, 1, 1)]):
+        append(run / "rollouts" / "cycle_01.jsonl", m.rollout("w", k, ((8,) * 5, judge), "base"))
+    base = m.cell("x", "one", "base", BASE, window=str(run))
+    see = m.cell("x", "one", "see", SEE, window=str(run))
+    for cell, answers in ((base, BASE), (see, SEE)):
+        judges = [a[1] if a else None for a in answers]
+        # The base reads 8 everywhere; SEE reads what the judge said, or 2 of the malformed one.
+        for scorer in ("base", "see"):
+            digit = [(8,) * 5 if scorer == "base" else j or (2,) * 5 for j in judges]
+            rows = [
+                {"scores": d, "free": [ten(x) for x in d],
+                 "judge": [ten(x) for x in d] if j else None,
+                 "own": [ten(x) for x in d] if j and scorer == cell.name else None}
+                for d, j in zip(digit, judges, strict=True)
+            ]  # fmt: skip
+            m.lines(cell / f"digits_{scorer}.jsonl", rows)
+        held_out = [{"draw": 0, "scores": (9,) * 5} if j else None for j in judges]
+        m.lines(cell / "scores_other.jsonl", held_out)
+    m.lines(see / "scores_judge.jsonl", [{"draw": 0, "scores": SEE[0][1]}])
+    with open(see / "scores_judge.jsonl", "a") as f:  # a second judgement of the same answer
+        scores = (4, 5, 6, 0, 4)
+        p, k = m.keys[0]
+        f.write(json.dumps({"prompt_id": p, "sample": k, "draw": 1, "scores": scores}) + "\n")
+    m.lines(base / "scores_judge.jsonl", [None, None, None, {"draw": 0, "scores": FORCED}])
+    m.lines(see / "preferences.jsonl", [
+        {"result": 1, "shown_first": 1, "shown_second": 1, "longer_by": 3},
+        {"result": 0, "shown_first": 1, "shown_second": -1, "longer_by": -3},
+        {"result": 1, "shown_first": 1, "shown_second": 1, "longer_by": 1},
+    ])  # fmt: skip
+    m.lines(see / "sensitivity.jsonl", [
+        {"as_it_is": (5, 6, 5, 5, 5), "another": (5, 2, 5, 5, 5), "cut": (5, 5, 5, 5, 5)},
+        {"as_it_is": (5, 6, 5, 5, 5), "another": (5, 4, 5, 5, 5), "cut": None},
+    ])  # fmt: skip
+    return m
+
+
+def tables(*folders: Path, **options) -> dict[str, dict]:
+    """title -> {(benchmark, model, ...): {column: text}}"""
+    t = Tables([report.load(f) for f in folders], **options)
+    found = {}
+    for table in [*t.all(), *control_tables.all_tables(t)]:
+        found[table.title] = [dict(zip(table.head, row, strict=True)) for row in table.rows]
+    return found
+
+
+def one(rows: list[dict], **where) -> dict:
+    [row] = [r for r in rows if all(r[k] == v for k, v in where.items())]
+    return row
+
+
+def begins(text: str, value: float) -> bool:
+    return text.split(" ")[0] == f"{value:.3f}"
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def test_the_papers_tables_by_hand(made):
+    found = tables(made.root / "x")
+    main = found["Tables 1 and 2: quality and calibration"]
+    base, see = one(main, model="base"), one(main, model="see")
+    assert begins(base["well-formed"], 0.75) and begins(see["well-formed"], 1.0)
+    assert begins(base["quality"], mean(quality(j) for _, j in BASE[:3]))
+    assert begins(base["calibration"], mean(calibration(s, j) for s, j in BASE[:3]))
+    assert begins(see["calibration"], mean(calibration(s, j) for s, j in SEE))
+    # Errors of the first: 4 3 2 8 1; then 2 2 2 6 6; then none: 18/5, 18/5, 0.
+    assert begins(base["MAE"], mean([3.6, 3.6, 0]))
+
+    rates = one(found["Win-rates against base"], model="see")
+    # Over the three samples that both answered. Quality: tie, win, tie. Calibration: the first
+    # errors are 0 1 2 4 5 (2.4 < 3.6: win), 1 1 1 5 5 (2.6 < 3.6: win), none and none (tie).
+    assert begins(rates["quality"], (0.5 + 1 + 0.5) / 3)
+    assert begins(rates["calibration"], (1 + 1 + 0.5) / 3)
+    assert begins(rates["responses"], (1 + 0.5 + 1) / 3)
+    assert begins(rates["order bias"], (0 + 1 + 0) / 3)
+
+    other = one(found["Table 3: held-out judges"], model="base")
+    assert begins(other["quality"], 1.0)
+    assert begins(other["calibration"], mean(calibration(s, (9,) * 5) for s, _ in BASE[:3]))
+
+    top = found["Table 4: top-5 accuracy"]
+    assert begins(one(top, model="see")["top-5"], 1.0)  # SEE reads what the judge said
+    # The base: 8 first, then 0 1 2 3 by size. Judge digits among these: 0 of the first answer;
+    # 2 and 2 of the second; none of five fives.
+    assert begins(one(top, model="base")["top-5"], 3 / 15)
+
+    by = one(found["Calibration by attribute"], model="base")
+    assert begins(by["helpfulness"], mean([(1 - 4 / 9) ** 2, (1 - 2 / 9) ** 2, 1]))
+
+
+def test_the_controls_by_hand(made):
+    found = tables(made.root / "x")
+    less = found["Calibration beside predictors that know less"]
+    see = one(less, model="see")
+    # Window: 5 5 5 1 1 twice and 9 9 9 1 1 once.
+    assert begins(see["window constant"], mean(calibration((5, 5, 5, 1, 1), j) for _, j in SEE))
+    # Offset: the base's eights moved by -3 -3 -3 -7 -7.
+    assert see["offset"] == see["window constant"]
+    # Within prompts: each answer's scores against its twin.
+    twins = [calibration(SEE[a][0], SEE[b][1]) for a, b in ((0, 1), (1, 0), (2, 3), (3, 2))]
+    assert begins(see["within"], mean(twins))
+    assert begins(see["other samples"],
+                  mean(calibration(SEE[b][1], SEE[a][1])
+                       for a, b in ((0, 1), (1, 0), (2, 3), (3, 2))))  # fmt: skip
+    assert see["references"] == "-" == one(less, model="base")["ceiling"]
+    # The judge's two scores of one answer differ by 5 in one attribute.
+    top = (1 - 1 / 9) ** 2
+    assert begins(see["ceiling"], top)
+    own = mean(calibration(s, j) for s, j in SEE)
+    fixed = mean(calibration((5, 5, 5, 1, 1), j) for _, j in SEE)
+    assert begins(see["skill"], (own - fixed) / (top - fixed))
+
+    swap = found["Answers by one model, scores by another: calibration"]
+    assert begins(one(swap, **{"answers by": "base"})["scored by see"], 1.0)
+    assert begins(one(swap, **{"answers by": "see"})["scored by base"],
+                  mean(calibration((8,) * 5, j) for _, j in SEE))  # fmt: skip
+
+    apart = one(found["Telling answers apart, by quality"], model="see")
+    # Prompt A: judge and model put the second answer first; prompt B: the first. Both right.
+    assert apart["pairs"] == "2" and begins(apart["within: accuracy"], 1.0)
+    base = one(found["Telling answers apart, by quality"], model="base")
+    assert base["pairs"] == "1" and begins(base["within: accuracy"], 0.5)  # 8 and 8
+
+    forms = found["Calibration by choice of responses"]
+    each = [calibration(s, j) for s, j in BASE[:3]]
+    base = one(forms, model="base")
+    assert begins(base["malformed = 0"], sum(each) / 4)
+    forced = [calibration((8,) * 5, j) for j in (*(j for _, j in BASE[:3]), FORCED)]
+    assert begins(base["forced block"], mean(forced))
+    # For all: SEE without its answer to the sample that the base left malformed.
+    assert begins(one(forms, model="see")["well-formed for all"],
+                  mean(calibration(s, j) for s, j in SEE[:3]))  # fmt: skip
+
+    digits = one(found["Ten-digit distributions, after the model's digits"], model="see")
+    assert begins(digits["NLL"], math.log(2))
+    parts = one(found["Parts of the squared error, and quadratic kappa"],
+                model="base", attribute="helpfulness")  # fmt: skip
+    # 8 8 5 against 4 6 5: means 7 and 5.
+    assert begins(parts["bias"], 4.0)
+    split = [float(parts[x].split(" ")[0]) for x in ("bias", "spread", "rest")]
+    assert sum(split) == pytest.approx((16 + 4 + 0) / 3, abs=2e-3)
+    moved = one(found["Does the score depend on the answer?"], model="see")
+    assert begins(moved["another prompt's answer"], (-4 - 2) / 2)
+    assert begins(moved["half of the answer"], -1.0)
+    uses = found["Uses"]
+    best = one(uses, model="see", use="best of 2: quality")
+    a, b, c, d = (quality(j) for _, j in SEE)
+    assert begins(best["by self-evaluation"], (b + c) / 2) and begins(best["oracle"], (b + c) / 2)
+    assert begins(best["random"], (a + b + c + d) / 4)
+
+
+def test_the_mean_human_label_of_the_references(tmp_path, tokenizer):
+    m = Maker(tmp_path, tokenizer)
+    labels = dict(zip(ATTRIBUTES, (4, 3, 2, 1, 0), strict=True))
+    rows = [{"prompt": "Question A?", "response": r, **labels} for r in ("One.", "Two.")]
+    rows[1] |= {"helpfulness": 1}
+    m.data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    m.keys = [(p.id, k) for p in load_prompts(m.data) for k in range(2)]
+    m.cell("x", "one", "base", BASE[:2])
+    row = one(tables(m.root / "x")["Calibration beside predictors that know less"], model="base")
+    # Labels doubled: helpfulness (8 + 2) / 2, then 6, 4, 2, 0.
+    assert begins(row["references"], mean(calibration((5, 6, 4, 2, 0), j) for _, j in BASE[:2]))
+
+
+def test_escalation_and_the_choice_of_models(made):
+    found = tables(made.root / "x", stronger="see")
+    use = one(found["Uses"], model="base", use="25% escalated to see: quality")
+    # A quarter of three answers is one: the lowest rated is the third, where both are alike.
+    q = mean(quality(j) for _, j in BASE[:3])
+    assert begins(use["by self-evaluation"], q)
+    gains = [quality(s[1]) - quality(b[1]) for s, b in zip(SEE[:3], BASE[:3], strict=True)]
+    assert begins(use["oracle"], q + max(gains) / 3) and begins(use["random"], q + mean(gains) / 3)
+    only = tables(made.root / "x", models=("see",))
+    assert [r["model"] for r in only["Tables 1 and 2: quality and calibration"]] == ["see"]
+    with pytest.raises(ValueError, match="no results of model none"):
+        tables(made.root / "x", models=("none",))
+
+
+def test_seeds_are_the_unit_where_there_are_several(made):
+    shutil.copytree(made.root / "x", made.root / "y")
+    path = made.root / "y" / "one" / "see" / "rollouts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for r in rows:
+        r["self_scores"] = r["judge_scores"]  # a run that knows its judge
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = tables(made.root / "x", made.root / "y")
+    see = one(found["Tables 1 and 2: quality and calibration"], model="see")
+    first = mean(calibration(s, j) for s, j in SEE)
+    # Two means: t(0.975, 1) = 12.706 times half their distance.
+    middle, half = (first + 1) / 2, 12.7062 * (1 - first) / 2
+    assert see["calibration"] == f"{middle:.3f} [{middle - half:.3f}, {middle + half:.3f}]"
+    made.cell("z", "one", "base", BASE)
+    with pytest.raises(ValueError, match="other models or benchmarks"):
+        tables(made.root / "x", made.root / "z")
+
+
+def test_one_valid_response_and_none(made):
+    made.cell("few", "one", "base", [BASE[0], None, None, None], samples=1)
+    made.cell("few", "one", "see", [None], samples=1)
+    found = tables(made.root / "few")
+    main = found["Tables 1 and 2: quality and calibration"]
+    assert one(main, model="base")["calibration"] == f"{calibration(*BASE[0]):.3f}"
+    assert one(main, model="see")["calibration"] == "-"
+    assert one(main, model="see")["well-formed"] == "0.000"
+    assert one(found["Win-rates against base"], model="see")["quality"] == "-"
+    assert one(found["Comparisons"], model="base")["mean"] == "-"  # no window, no constant
+
+
+def test_calibration_by_judge_score(made):
+    cell = report.load(made.root / "x")["one", "base"]
+    values, prompts = report.by_judge_score(cell, 2)  # complexity and verbosity of the second
+    assert values == pytest.approx([(1 - 6 / 9) ** 2] * 2) and set(prompts) == {made.prompts[0]}
+    assert report.by_judge_score(cell, 7) == ([], [])
+    everything = sum(len(report.by_judge_score(cell, d)[0]) for d in range(10))
+    assert everything == 15 and len(calibrations(cell.s, cell.j)) == 3
+
+
+def test_files_and_figures(made, tmp_path):
+    out = tmp_path / "out"
+    text = report.run(report.Command((made.root / "x",), out))
+    assert (out / "tables.txt").read_text() == text and "Table 4" in text
+    assert "| benchmark | model |" in (out / "tables.md").read_text()
+    assert {p.name for p in out.iterdir()} == {
+        "tables.txt", "tables.md", "figure3.png", "figure4.png", "report.html"
+    }  # fmt: skip
+    page = (out / "report.html").read_text()
+    assert "<script>document.title" not in page and "&lt;script&gt;document.title" in page
+    assert not re.search(r"(src|href)=[\"'](?!data:)", page)  # nothing from elsewhere
+    bad = subprocess.run([sys.executable, str(ROOT / "report.py"), str(tmp_path / "none")],
+                         capture_output=True, text=True)  # fmt: skip
+    assert bad.returncode == 1 and "no results of evaluate.py there" in bad.stderr
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+def test_the_page_in_a_browser(made, tmp_path):
+    """What the models wrote is text; one filter, one sort, by the address."""
+    out = tmp_path / "out"
+    report.run(report.Command((made.root / "x",), out))
+
+    def dom(fragment: str) -> str:
+        done = subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+             f"file://{out / 'report.html'}#{fragment}"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        return done.stdout
+
+    def articles(page: str) -> list[tuple[str, str, bool]]:
+        found = re.findall(r"<article ([^>]*)>", page)
+        return [
+            (re.search('data-model="(.*?)"', a)[1], re.search('data-distance="(.*?)"', a)[1],
+             "hidden" in a)
+            for a in found
+        ]  # fmt: skip
+
+    page = dom("")
+    assert "taken" not in re.search("<title>(.*?)</title>", page)[1]
+    assert "&lt;script&gt;document.title" in page and '<span id="count">8 of 8</span>' in page
+    distances = [float(d) for _, d, _ in articles(page)]
+    assert distances == sorted(distances, reverse=True) and distances[-1] == -1  # malformed last
+    seen = [a for a in articles(dom("model=see")) if not a[2]]
+    assert len(seen) == 4 and {m for m, _, _ in seen} == {"see"}
+    malformed = [a for a in articles(dom("valid=no")) if not a[2]]
+    assert malformed == [("base", "-1.0", False)]
+    by_prompt = re.findall('data-prompt="(.*?)"', dom("sort=prompt"))
+    assert by_prompt == sorted(by_prompt) and len(by_prompt) == 8
