@@ -165,7 +165,8 @@ def predictors(t: Tables) -> Table:
         "reference responses. Ceiling: the judge against itself. Skill: "
         "(calibration - window constant) / (ceiling - window constant).",
         ["benchmark", "model", "its scores", "window constant", "test constant", "shuffled",
-         "within", "offset", "isotonic", "surface", "other samples", "references", "ceiling", "skill"],
+         "within", "offset", "isotonic", "surface", "other samples", "references", "ceiling",
+         "skill"],
         [row(b, m) for b, m in t.each()],
     )  # fmt: skip
 
