@@ -356,7 +356,9 @@ def untrained(t: Tables, digits: str) -> Table:
         f"Ten-digit distributions, after the {'model' if digits == 'own' else 'judge'}'s digits",
         "Negative log-likelihood of the judge's digit (nats) and ranked probability score, both "
         f"per position, lower is better; whether a quality below {LOW} is foretold: area under the "
-        "ROC curve and expected calibration error; mean absolute error of the expected score.",
+        "ROC curve and expected calibration error; mean absolute error of the expected score."
+        + " A position knows the judge's scores before it, which tell of its own."
+        * (digits == "judge"),
         ["benchmark", "model", "NLL", "RPS", "AUROC", "ECE", "MAE of the expected score"],
         [
             [b, m, mean(b, m, controls.negative_log_likelihood),

@@ -173,6 +173,12 @@ def prepare(cell: Cell) -> Inputs:
         trained = window_prompts(Path(cell.window))
         prompts = [p for p in prompts if p.id not in trained]
         double = near_duplicates(prompts, [*trained.values(), *examples(cell)])
+        if any(double) and os.environ.get("LOCAL_RANK", "0") == "0":
+            done = "left out" if cell.drop_duplicates else "kept (--drop_duplicates)"
+            print(
+                f"{cell.data}: {sum(double)} of {len(prompts)} prompts are nearly a training "
+                f"prompt or a few-shot example; {done}"
+            )
         if cell.drop_duplicates:
             prompts = [p for p, d in zip(prompts, double, strict=True) if not d]
     if cell.limit > len(prompts) or not prompts:

@@ -114,6 +114,12 @@ class Tables:
         self.models = list(models) or there
         self.base, self.stronger = self.models[0], stronger
         config = next(iter(self.first.cells.values())).config
+        for name in ("sampling", "judge", "template", "few_shot", "samples"):
+            if any(c.config[name] != config[name] for e in evaluations for c in e.cells.values()):
+                raise ValueError(
+                    f"the results differ in {name}, and such are not mixed; give evaluations of "
+                    "one setting"
+                )
         self.judge = config["judge"]
         self.papers_setting = self.judge.startswith("gpt-5.4") and config["template"] == "paper"
 

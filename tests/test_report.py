@@ -272,6 +272,12 @@ def test_seeds_are_the_unit_where_there_are_several(made):
     made.cell("z", "one", "base", BASE)
     with pytest.raises(ValueError, match="other models or benchmarks"):
         tables(made.root / "x", made.root / "z")
+    known = made.root / "y" / "one" / "base" / "config.json"
+    config = json.loads(known.read_text())
+    config["sampling"]["temperature"] = 0.0
+    known.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="differ in sampling"):
+        tables(made.root / "x", made.root / "y")
 
 
 def test_one_valid_response_and_none(made):
