@@ -339,7 +339,8 @@ def untrained(t: Tables, digits: str) -> Table:
         stated = {}
         for c in (e[b, m] for e in t.evaluations):
             logp, j, _ = arrays(c)
-            keys = [k for k in c.keys if k in readings(c)]
+            read = readings(c)
+            keys = [k for k in c.keys if k in read]
             below = zip(controls.probability_below(logp, LOW), qualities(j) < LOW, strict=True)
             stated[id(c)] = dict(zip(keys, below, strict=True))
 

@@ -109,10 +109,11 @@ def shuffled(
 ) -> float | None:
     """Mean calibration of each response's scores against the judge's of other responses: to the
     same prompt (`within`), or to other prompts. None where there is none."""
-    s, j, prompts = np.asarray(s), np.asarray(j), np.asarray(prompts)
+    s, j = np.asarray(s), np.asarray(j)
+    of = np.unique(prompts, return_inverse=True)[1]
     total = count = 0.0
     for i in range(len(s)):
-        others = prompts == prompts[i] if within else prompts != prompts[i]
+        others = of == of[i] if within else of != of[i]
         others[i] = False
         total += calibrations(s[i], j[others], gamma).sum()
         count += others.sum()

@@ -150,7 +150,8 @@ class Tables:
             self.win_rates(),
             self.cross_judges(),
             self.top_5(),
-            self.attributes(),
+            self.attributes("calibration"),
+            self.attributes("mean absolute error"),
         ]
         return [t for t in found if t.rows]
 
@@ -281,18 +282,24 @@ class Tables:
             ],
         )  # fmt: skip
 
-    def attributes(self) -> Table:
-        """Figure 3's numbers."""
+    def attributes(self, name: str) -> Table:
+        """Figure 3's numbers, or the mean absolute errors."""
 
         def one(b: str, m: str, a: int) -> str:
             def values(c: Cell) -> Values:
-                return calibrations(c.s[:, a : a + 1], c.j[:, a : a + 1], c.gamma), c.prompts
+                s, j = c.s[:, a : a + 1], c.j[:, a : a + 1]
+                return (calibrations(s, j, c.gamma) if name == "calibration"
+                        else np.abs(s - j)[:, 0]), c.prompts  # fmt: skip
 
             return show(self.mean(b, m, values))
 
+        notes = {
+            "calibration": "(1 - |s - j| / 9)^gamma of each attribute alone (Figure 3).",
+            "mean absolute error": "|s - j|, in points of 0-9.",
+        }
         return Table(
-            "Calibration by attribute",
-            "(1 - |s - j| / 9)^gamma of each attribute alone (Figure 3).",
+            f"By attribute: {name}",
+            notes[name],
             ["benchmark", "model", *ATTRIBUTES],
             [[b, m, *(one(b, m, a) for a in range(5))] for b, m in self.each()],
         )

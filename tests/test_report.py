@@ -164,8 +164,9 @@ def test_the_papers_tables_by_hand(made):
     # 2 and 2 of the second; none of five fives.
     assert begins(one(top, model="base")["top-5"], 3 / 15)
 
-    by = one(found["Calibration by attribute"], model="base")
+    by = one(found["By attribute: calibration"], model="base")
     assert begins(by["helpfulness"], mean([(1 - 4 / 9) ** 2, (1 - 2 / 9) ** 2, 1]))
+    assert begins(one(found["By attribute: mean absolute error"], model="base")["helpfulness"], 2.0)
 
 
 def test_the_controls_by_hand(made):
