@@ -244,15 +244,29 @@ def discrimination(t: Tables) -> Table:
             taus = [[o.tau for o in f if o.tau is not None] for f in found]
             tau = inference.over_seeds([float(np.mean(x)) for x in taus if x])
 
-        def between(c: Cell, index: np.ndarray, units: Sequence, figure: str) -> float | None:
-            own, judge = (controls.prompt_means(q[index], units)
-                          for q in (qualities(c.s), qualities(c.j)))  # fmt: skip
-            return getattr(controls.ordering(own, judge), figure)
+        pairs = f"{sum(o.pairs for f in found for o in f):,}"
+        return [b, m, pairs, show(accuracy), show(tau), *map(show, between(b, m))]
 
+    def between(b: str, m: str) -> list[Interval]:
+        """Of the prompts' means: accuracy and tau."""
+        means = [
+            [controls.prompt_means(q, c.prompts) for q in (qualities(c.s), qualities(c.j))]
+            for c in (e[b, m] for e in t.evaluations)
+        ]
+
+        def figure(name: str, own: np.ndarray, judge: np.ndarray) -> float | None:
+            return getattr(controls.ordering(own, judge), name)
+
+        if len(means) > 1:
+            found = ([figure(name, *x) for x in means] for name in ("accuracy", "tau"))
+            return [inference.over_seeds([x for x in f if x is not None]) for f in found]
+        [(own, judge)] = means
         return [
-            b, m, f"{sum(o.pairs for f in found for o in f):,}", show(accuracy), show(tau),
-            *(show(t.statistic(b, m, partial(between, figure=x))) for x in ("accuracy", "tau")),
-        ]  # fmt: skip
+            inference.of_statistic(
+                lambda i, _, name=name: figure(name, own[i], judge[i]), range(len(own))
+            )
+            for name in ("accuracy", "tau")
+        ]
 
     return Table(
         "Telling answers apart, by quality",

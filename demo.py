@@ -34,7 +34,7 @@ from buffer import Rollout
 from data import load_prompts
 from digits import Reader
 from files import write_text
-from logbook import checkpoints, metrics_until
+from logbook import checkpoints
 from metrics import (
     Estimate,
     best_constant,
@@ -46,7 +46,7 @@ from metrics import (
 from presets import PRESETS
 from prompts import ATTRIBUTES
 from reward import calibration
-from sources import rollouts_of
+from sources import metrics_until, rollouts_of
 from tiny import Recipe, recipe_hash
 
 matplotlib.use("Agg")

@@ -20,7 +20,7 @@ from scipy.stats import DegenerateDataWarning, bootstrap, permutation_test, t, t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.tools.sm_exceptions import PerfectSeparationWarning
 
-DRAWS = 2000
+DRAWS = 1000
 LEVEL = 0.95
 
 
@@ -148,7 +148,10 @@ def of_statistic(
     drawn twice is two) with a percentile interval over 200 draws of the prompts. Draws in which it
     is not defined are left out."""
     units = list(dict.fromkeys(prompts))
-    where = [np.flatnonzero(np.asarray(prompts) == unit) for unit in units]
+    at: dict[str, list[int]] = {unit: [] for unit in units}
+    for i, prompt in enumerate(prompts):
+        at[prompt].append(i)
+    where = [np.array(at[unit]) for unit in units]
     value = statistic(np.arange(len(prompts)), prompts) if units else None
     if value is None or len(units) < 2:
         return Interval(value, None, None, len(units))

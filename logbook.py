@@ -156,18 +156,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("cycle_*"), key=lambda path: path.name + "~")
 
 
-def metrics_until(checkpoint: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl up to one of its checkpoints."""
-    _, cycle, *rest = checkpoint.name.split("_")  # cycle_NN, or cycle_NN_step_NNNNN in phase 1
-
-    def before(m: dict) -> bool:
-        if m["cycle"] != int(cycle) or not rest:
-            return m["cycle"] <= int(cycle)
-        return m["phase"] in ("rl", "setup") and m["step"] <= int(rest[1])
-
-    return [m for m in read_metrics(checkpoint.parent.parent) if before(m)]
-
-
 def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -24,9 +24,9 @@ import control_tables
 import inference
 from controls import calibrations, qualities
 from files import write_text
-from logbook import metrics_until
 from prompts import ATTRIBUTES
 from results import Cell, Evaluation, load
+from sources import metrics_until
 from tables import Table, Tables, over
 
 matplotlib.use("Agg")

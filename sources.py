@@ -84,3 +84,16 @@ def export(sources: Sequence[Source], path: Path) -> None:
         rows += [("try", t) for t in source.tries]
         lines += [{"source": source.name, "kind": kind, "content": row} for kind, row in rows]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def metrics_until(checkpoint: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl up to one of its checkpoints."""
+    _, cycle, *rest = checkpoint.name.split("_")  # cycle_NN, or cycle_NN_step_NNNNN in phase 1
+
+    def before(m: dict) -> bool:
+        if m["cycle"] != int(cycle) or not rest:
+            return m["cycle"] <= int(cycle)
+        return m["phase"] in ("rl", "setup") and m["step"] <= int(rest[1])
+
+    lines = checkpoint.parent.parent / "metrics.jsonl"
+    return [m for _, _, m in read_lines(lines) if before(m)] if lines.exists() else []

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy.special import expit
+from sklearn.metrics import cohen_kappa_score
 
 import controls
 import inference
@@ -163,6 +164,14 @@ def test_auroc_ece_and_kappa():
     # Full agreement 1; both constant None; a constant against one that varies 0; crossed -1.
     assert got[0] == pytest.approx(1) and got[1] is None and got[3] == pytest.approx(-1)
     assert got[2] == pytest.approx(0)
+
+
+def test_kappa_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    s, j = rng.integers(0, 10, (2, 40, 5))
+    for a, value in enumerate(controls.kappa(s, j)):
+        theirs = cohen_kappa_score(s[:, a], j[:, a], labels=range(10), weights="quadratic")
+        assert value == pytest.approx(theirs)
 
 
 def test_the_error_split_adds_up():
