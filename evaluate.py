@@ -52,7 +52,7 @@ from prompts import EXAMPLES, FEW_SHOT, OPEN
 from reward import RewardConfig
 from rollout import Collector, Inputs, read_inputs
 from sampler import EngineConfig, SamplingParams, choose, make_sampler
-from sources import rollouts_of
+from sources import rollouts_of, scores_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,8 @@ class EvalConfig(Settings):
     name: str
     """Results go to results/NAME/BENCHMARK/MODEL."""
     judges: tuple[str, ...] = ()
-    """Held-out judges (Sec. 4.5, Table 3), by name."""
+    """Held-out judges (Sec. 4.5, Table 3), by name; their settings are the table's in endpoint.py,
+    whatever --endpoint and --client.key_variable say of the judge."""
     repeat: int = 0
     """Judgements of an answer by the judge, for the ceiling: on the first --repeat_answers answers
     of each cell; 0 or 1: none."""
@@ -168,19 +169,17 @@ def prepare(cell: Cell) -> Inputs:
     answer. Raises ValueError."""
     make_judge(cell, cell.folder / LEDGER, parallel.ranks())
     inputs = read_inputs(cell)
-    prompts = inputs.prompts
-    if cell.window:
-        trained = window_prompts(Path(cell.window))
-        prompts = [p for p in prompts if p.id not in trained]
-        double = near_duplicates(prompts, [*trained.values(), *examples(cell)])
-        if any(double) and os.environ.get("LOCAL_RANK", "0") == "0":
-            done = "left out" if cell.drop_duplicates else "kept (--drop_duplicates)"
-            print(
-                f"{cell.data}: {sum(double)} of {len(prompts)} prompts are nearly a training "
-                f"prompt or a few-shot example; {done}"
-            )
-        if cell.drop_duplicates:
-            prompts = [p for p, d in zip(prompts, double, strict=True) if not d]
+    trained = window_prompts(Path(cell.window)) if cell.window else {}
+    prompts = [p for p in inputs.prompts if p.id not in trained]
+    double = near_duplicates(prompts, [*trained.values(), *examples(cell)])
+    if any(double) and os.environ.get("LOCAL_RANK", "0") == "0":
+        done = "left out" if cell.drop_duplicates else "kept (--drop_duplicates)"
+        print(
+            f"{cell.data}: {sum(double)} of {len(prompts)} prompts are nearly a training prompt or "
+            f"a few-shot example; {done}"
+        )
+    if cell.drop_duplicates:
+        prompts = [p for p, d in zip(prompts, double, strict=True) if not d]
     if cell.limit > len(prompts) or not prompts:
         raise ValueError(
             f"{cell.data}: {cell.limit or 'some'} prompts are asked for, but {len(prompts)} are "
@@ -357,8 +356,10 @@ def write_lines(path: Path, lines: Sequence[dict]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def scores_file(judge: str) -> str:
-    return f"scores_{re.sub(r'[^A-Za-z0-9.+-]', '_', judge)}.jsonl"
+def held_out(cell: Cell, judge: str) -> Cell:
+    """The cell under another judge, whose settings are the table's in endpoint.py, not ours."""
+    client = dataclasses.replace(cell.client, key_variable="", price_in=None, price_out=None)
+    return dataclasses.replace(cell, judge=judge, endpoint=Endpoint(), client=client)
 
 
 def judge_more(config: EvalConfig, cell: Cell, prompts: dict[str, Prompt]) -> None:
@@ -368,10 +369,10 @@ def judge_more(config: EvalConfig, cell: Cell, prompts: dict[str, Prompt]) -> No
     valid = [r for r in rollouts if r.judge_scores is not None]
     malformed = [r for r in rollouts if r.judge_scores is None and spoken(r)]
     repeated = valid[: config.repeat_answers] if config.repeat > 1 else []
-    work = {cell.judge: [(malformed, 1), (repeated, config.repeat)]}
-    work |= {name: [(valid, 1)] for name in config.judges}
-    for name, parts in work.items():
-        judge = make_judge(dataclasses.replace(cell, judge=name), cell.folder / LEDGER)
+    work = [(cell, [(malformed, 1), (repeated, config.repeat)])]
+    work += [(held_out(cell, name), [(valid, 1)]) for name in config.judges]
+    for judged, parts in work:
+        judge = make_judge(judged, cell.folder / LEDGER)
         lines = []
         for rows, repeat in parts:
             answers = [
@@ -381,7 +382,7 @@ def judge_more(config: EvalConfig, cell: Cell, prompts: dict[str, Prompt]) -> No
                 lines += [
                     line_of(r, r.weight_version, draw=d, scores=s) for d, s in enumerate(draws)
                 ]
-        write_lines(cell.folder / scores_file(name), lines)
+        write_lines(cell.folder / scores_file(judged.judge), lines)
 
 
 def prefer_over(base: Cell, cell: Cell, prompts: dict[str, Prompt]) -> None:
@@ -446,6 +447,9 @@ def main() -> None:
         config = dataclasses.replace(config, sampler=choose(config.sampler))
         table = cells(config)
         read = {key: prepare(cell) for key, cell in table.items()}
+        for cell in table.values():
+            for name in config.judges:
+                make_judge(held_out(cell, name), cell.folder / LEDGER)
     except ValueError as error:
         raise SystemExit(
             f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1

@@ -13,7 +13,7 @@ from data import Prompt, load_prompts
 from hub import data_file
 from ledger import read_lines
 from prompts import Scores, transcript
-from sources import rollouts_of
+from sources import rollouts_of, scores_file
 
 Key = tuple[str, int]  # prompt id, sample
 
@@ -26,7 +26,7 @@ class Cell:
     model: str
     config: dict
     rollouts: list[Rollout]
-    judged: dict[str, list[dict]] = field(default_factory=dict)  # judge -> lines of scores_JUDGE
+    judged: dict[str, list[dict]] = field(default_factory=dict)  # file of a judge -> its lines
     digits: dict[str, dict[Key, dict]] = field(default_factory=dict)  # scorer -> lines by answer
     sensitivity: list[dict] = field(default_factory=list)
     preferences: list[dict] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Cell:
     def draws(self) -> dict[Key, list[tuple]]:
         """Repeated judgements of the judge, by answer; malformed answers have one."""
         found: dict[Key, list[tuple]] = {}
-        for x in self.judged.get(self.config["judge"], []):
+        for x in self.judged.get(scores_file(self.config["judge"]), []):
             found.setdefault((x["prompt_id"], x["sample"]), []).append(tuple(x["scores"]))
         return found
 
@@ -122,7 +122,7 @@ def load(folder: Path) -> Evaluation:
             p.stem.removeprefix("digits_"): {(x["prompt_id"], x["sample"]): x for x in rows(p)}
             for p in path.glob("digits_*.jsonl")
         }
-        judged = {p.stem.removeprefix("scores_"): rows(p) for p in path.glob("scores_*.jsonl")}
+        judged = {p.name: rows(p) for p in path.glob("scores_*.jsonl")}
         cells[path.parent.name, path.name] = Cell(
             path.parent.name, path.name, config,
             sorted(rollouts_of(path), key=lambda r: (r.prompt_id, r.sample)), judged, digits,
@@ -137,4 +137,6 @@ def load(folder: Path) -> Evaluation:
 
 
 def rows(path: Path) -> list[dict]:
-    return [row for _, _, row in read_lines(path)] if path.exists() else []
+    """A file's lines on the newest weights."""
+    found = [row for _, _, row in read_lines(path)] if path.exists() else []
+    return [row for row in found if row["version"] == found[-1]["version"]]

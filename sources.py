@@ -4,6 +4,7 @@ A source is a folder runs/NAME or results/NAME, or a file that `export` wrote: o
 every figure can be computed again, and which `--judge replay:FILE` reads."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ def load(path: Path) -> list[Source]:
             list(read_tries(ledger)) if ledger.exists() else [],
         )
     ]
+
+
+def scores_file(judge: str) -> str:
+    """Where evaluate.py keeps a judge's further scores."""
+    return f"scores_{re.sub(r'[^A-Za-z0-9.+-]', '_', judge)}.jsonl"
 
 
 def rollouts_of(folder: Path) -> list[Rollout]:

@@ -18,6 +18,7 @@ from controls import calibrations, qualities
 from inference import Interval
 from prompts import ATTRIBUTES
 from results import Cell, Evaluation
+from sources import scores_file
 
 # The paper's figures (GPT-5.4), where they are known: (benchmark, model, figure).
 PAPER = {
@@ -244,7 +245,8 @@ class Tables:
                 s, j, prompts = by(c, judge)
                 return calibrations(s, j, c.gamma), prompts
 
-            return [b, judge, m, show(self.mean(b, m, quality)), show(self.mean(b, m, calibration))]
+            name = judge.removeprefix("scores_").removesuffix(".jsonl")
+            return [b, name, m, show(self.mean(b, m, quality)), show(self.mean(b, m, calibration))]
 
         return Table(
             "Table 3: held-out judges",
@@ -254,7 +256,7 @@ class Tables:
                 row(b, m, judge)
                 for b, m in self.each()
                 for judge in sorted(self.first[b, m].judged)
-                if judge != self.judge and self.first[b, m].judged[judge]
+                if judge != scores_file(self.judge) and self.first[b, m].judged[judge]
             ],
         )
 

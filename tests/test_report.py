@@ -98,7 +98,8 @@ def made(tmp_path, tokenizer):
     with open(see / "scores_judge.jsonl", "a") as f:  # a second judgement of the same answer
         scores = (4, 5, 6, 0, 4)
         p, k = m.keys[0]
-        f.write(json.dumps({"prompt_id": p, "sample": k, "draw": 1, "scores": scores}) + "\n")
+        row = {"prompt_id": p, "sample": k, "version": "v", "draw": 1, "scores": scores}
+        f.write(json.dumps(row) + "\n")
     m.lines(base / "scores_judge.jsonl", [None, None, None, {"draw": 0, "scores": FORCED}])
     m.lines(see / "preferences.jsonl", [
         {"result": 1, "shown_first": 1, "shown_second": 1, "longer_by": 3},
@@ -291,6 +292,15 @@ def test_one_valid_response_and_none(made):
     assert one(main, model="see")["well-formed"] == "0.000"
     assert one(found["Win-rates against base"], model="see")["quality"] == "-"
     assert one(found["Comparisons"], model="base")["mean"] == "-"  # no window, no constant
+
+
+def test_lines_on_older_weights_do_not_count(made):
+    path = made.root / "x" / "one" / "see" / "digits_see.jsonl"
+    now = path.read_text()
+    old = [json.loads(line) | {"version": "older", "scores": (9,) * 5} for line in now.splitlines()]
+    path.write_text("".join(json.dumps(x) + "\n" for x in old) + now)
+    swap = tables(made.root / "x")["Answers by one model, scores by another: calibration"]
+    assert begins(one(swap, **{"answers by": "see"})["scored by see"], 1.0)
 
 
 def test_calibration_by_judge_score(made):
