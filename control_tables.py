@@ -13,7 +13,7 @@ from controls import calibrations, qualities
 from inference import Difference, Interval
 from prompts import ATTRIBUTES, EXAMPLES, FEW_SHOT, Scores
 from results import Cell, Evaluation, Key
-from tables import Table, Tables, Values, own_digits, show
+from tables import Table, Tables, Values, over, own_digits, show
 
 SHARE = 0.25  # of the prompts, in escalation
 FIGURES = {"calibration": lambda c: c.calibration, "quality": lambda c: qualities(c.j)}
@@ -106,7 +106,7 @@ def predictors(t: Tables) -> Table:
             found = calibrations(predicted[known], c.j[known], c.gamma)
             return found, [p for p, k in zip(c.prompts, known, strict=True) if k]
 
-        return over(t, values)
+        return over(t.evaluations, values)
 
     def recalibrated(fit: Callable) -> Callable:
         """The base model's scores for these answers, through a fit on its window scores."""
@@ -169,13 +169,6 @@ def predictors(t: Tables) -> Table:
          "skill"],
         [row(b, m) for b, m in t.each()],
     )  # fmt: skip
-
-
-def over(t: Tables, values: Callable[[Evaluation], Values]) -> Interval:
-    found = [values(e) for e in t.evaluations]
-    if len(found) == 1:
-        return inference.over_prompts(*found[0])
-    return inference.over_seeds([float(np.mean(v)) for v, _ in found if len(v)])
 
 
 def shuffled(t: Tables, b: str, m: str, within: bool) -> Interval:
@@ -310,7 +303,7 @@ def formats(t: Tables) -> Table:
             return calibrations(np.array(s), np.array(j), c.gamma), [k[0] for k in keys]
 
         valid = t.mean(b, m, lambda c: (c.calibration, c.prompts))
-        found = [over(t, f) for f in (for_all, zero, forced)]
+        found = [over(t.evaluations, f) for f in (for_all, zero, forced)]
         return [b, m, *map(show, (valid, *found)), f"{found[2].n}"]
 
     return Table(

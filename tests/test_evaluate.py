@@ -152,6 +152,18 @@ def test_names_are_checked(case):
         evaluate.cells(dataclasses.replace(config, **options))
 
 
+def test_a_held_out_judge_without_a_key_is_named_before_anything(
+    tmp_path, monkeypatch, parrot_folder, prompt_file, fake_judge
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    args = command(parrot_folder, parrot_folder, ("one", prompt_file), judges="claude-sonnet-4-6")
+    monkeypatch.setattr("sys.argv", args)
+    with pytest.raises(SystemExit, match="claude-sonnet-4-6 needs a key: set ANTHROPIC_API_KEY"):
+        evaluate.main()
+    assert not list(tmp_path.iterdir()) and not fake_judge.bodies
+
+
 def test_near_duplicates_are_found():
     def ask(text):
         return Prompt(text, ({"role": "user", "content": text},))

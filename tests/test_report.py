@@ -22,6 +22,7 @@ from evaluate import Cell
 from files import write_text
 from prompts import ATTRIBUTES
 from reward import calibration, quality
+from sources import metrics_until
 from tables import Tables
 
 SCRIPT = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -310,6 +311,30 @@ def test_calibration_by_judge_score(made):
     assert report.by_judge_score(cell, 7) == ([], [])
     everything = sum(len(report.by_judge_score(cell, d)[0]) for d in range(10))
     assert everything == 15 and len(calibrations(cell.s, cell.j)) == 3
+
+
+def test_figure_2_needs_a_runs_checkpoints(made, tmp_path):
+    run = tmp_path / "runs" / "r"
+    lines = [("rl", 1, 1, 16), ("rl", 1, 2, 32), ("sft", 1, 1, 32), ("rl", 2, 1, 48),
+             ("rl", 2, 2, 64), ("sft", 2, 1, 64)]  # fmt: skip
+    names = ("phase", "cycle", "step", "sample_passes")
+    for checkpoint in ("cycle_01", "cycle_02_step_00001", "cycle_02"):
+        (run / "checkpoints" / checkpoint).mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(dict(zip(names, x, strict=True))) + "\n" for x in lines)
+    )
+    seen = [len(metrics_until(run / "checkpoints" / c))
+            for c in ("cycle_01", "cycle_02_step_00001", "cycle_02")]  # fmt: skip
+    assert seen == [3, 4, 6]  # the last cycle's distillation comes after its RL steps
+    for model, checkpoint in (("one-cycle", "cycle_01"), ("two-cycles", "cycle_02")):
+        path = made.cell("x", "one", model, SEE)
+        config = json.loads((path / "config.json").read_text())
+        config["model"] = str(run / "checkpoints" / checkpoint)
+        write_text(path / "config.json", json.dumps(config))
+    t = Tables([report.load(made.root / "x")])
+    cells = [t.first["one", m] for m in ("base", "one-cycle", "two-cycles")]
+    assert [report.sample_passes(c) for c in cells] == [None, ("r", 32), ("r", 64)]
+    assert report.figure_2(t, tmp_path / "f.png") and (tmp_path / "f.png").stat().st_size > 9000
 
 
 def test_files_and_figures(made, tmp_path):
