@@ -7,8 +7,8 @@ asks in both orders.
 `LLMJudge` asks a model (endpoint.py: which, client.py: how), or takes what one has said from a
 file. heuristic.py has an offline stand-in that says nothing about real judging.
 
-Judgements on file, with what they cost (`SOURCE` is a folder runs/NAME or results/NAME, or a file
-made by --export):
+Judgements on file, with what they cost (`SOURCE` is a folder runs/NAME, results/NAME or
+results/NAME/BENCHMARK/MODEL, or a file made by --export):
 
     python judge.py SOURCE                                   figures, calls, tokens, cost, failures
     python judge.py SOURCE --judge claude-sonnet-4-6         the same answers by another judge
@@ -17,9 +17,9 @@ made by --export):
     python judge.py SOURCE --judge gpt-5.4 --against BASE    which of two models' answers is better?
     python judge.py SOURCE SOURCE ... --export FILE          all of it in one file
 
-A judgement is asked for once: the same command again costs nothing. `--judge replay:FILE` takes
-the judgements of an exported file, here and in cycle.py and evaluate.py, and stops at what is not
-there. Under a judge, SOURCE is a folder, because its new judgements are added there.
+A judgement is asked for once: the same command again costs nothing. `--judge replay:FILE` (or
+replay:FILE@MODEL, if the file holds several judges) takes the judgements of an exported file or of a
+judge_cache.jsonl, here and in cycle.py and evaluate.py, and stops at what is not there. Under a judge, SOURCE is one folder, because its new judgements are added there.
 """
 
 import asyncio
@@ -198,7 +198,8 @@ class Command:
     """Judgements on file: figures, cost, another judge, agreement, pairwise preference, export."""
 
     sources: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders runs/NAME or results/NAME, or files made by --export."""
+    """Folders runs/NAME, results/NAME or results/NAME/BENCHMARK/MODEL, or files made by
+    --export."""
     judge: str = ""
     """Judge the first source's answers: a model's name (see endpoint.py), replay:FILE, or an
     offline judge; empty: only show what is on file, or, with the options below, the judge that
@@ -376,8 +377,11 @@ def run(command: Command) -> str:
             f"{s.name}\n{metrics.render(s.table())}\n\n{render_totals(s.tries)}" for s in sources
         )
     source, folder = sources[0], command.sources[0]
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: new judgements need a folder; give runs/NAME or results/NAME")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: new judgements need one folder; give runs/NAME or "
+            "results/NAME/BENCHMARK/MODEL"
+        )
     command = replace(command, judge=command.judge or source.config["judge"])
     judge = make_judge(command, folder / LEDGER)
     prompts = {p.id: p for p in load_prompts(data_file(command.data or source.config["data"]))}

@@ -1,7 +1,8 @@
 """What runs and evaluations leave on file, read again: answers and judgements of several models.
 
-A source is a folder runs/NAME or results/NAME, or a file that `export` wrote: one file from which
-every figure can be computed again, and which `--judge replay:FILE` reads."""
+A source is a run's folder runs/NAME, an evaluation's results/NAME (a source for each cell
+BENCHMARK/MODEL) or one of its cells, or a file that `export` wrote: one file from which every
+figure can be computed again, and which `--judge replay:FILE` reads."""
 
 import json
 import re
@@ -50,10 +51,12 @@ def load(path: Path) -> list[Source]:
                     "a file made by judge.py --export"
                 ) from None
         return list(found.values())
+    if cells := sorted(path.glob("*/*/config.json")):
+        return [source for cell in cells for source in load(cell.parent)]
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"{path}: neither a file nor a folder with a config.json; give runs/NAME, results/NAME "
-            "or a file made by --export"
+            f"{path}: neither a file nor a folder with a config.json; give runs/NAME, "
+            "results/NAME, one of its BENCHMARK/MODEL, or a file made by --export"
         )
     ledger = path / LEDGER
     return [

@@ -59,6 +59,17 @@ def test_what_is_on_file_is_shown(folder):
     assert "no judgement on file" in said
 
 
+def test_all_cells_of_an_evaluation(folder, tmp_path):
+    cell = folder("x/one/a")
+    folder("x/two/a")
+    whole = tmp_path / "results" / "x"
+    assert [s.name for s in load(whole)] == [str(whole / b / "a") for b in ("one", "two")]
+    assert run(command(whole)).count("well_formed") == 2
+    with pytest.raises(ValueError, match="new judgements need one folder"):
+        run(command(whole, judge="another"))
+    assert run(command(cell)) in run(command(whole))
+
+
 def test_another_judge_its_agreement_and_its_ceiling(fake_judge, folder):
     path = folder("a")
     said = run(command(path, judge="another", repeat=3))
