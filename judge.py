@@ -18,8 +18,9 @@ results/NAME/BENCHMARK/MODEL, or a file made by --export):
     python judge.py SOURCE SOURCE ... --export FILE          all of it in one file
 
 A judgement is asked for once: the same command again costs nothing. `--judge replay:FILE` (or
-replay:FILE@MODEL, if the file holds several judges) takes the judgements of an exported file or of a
-judge_cache.jsonl, here and in cycle.py and evaluate.py, and stops at what is not there. Under a judge, SOURCE is one folder, because its new judgements are added there.
+replay:FILE@MODEL, if the file holds several judges) takes the judgements of an exported file or of
+a judge_cache.jsonl, here and in cycle.py and evaluate.py, and stops at what is not there. Under a
+judge, SOURCE is one folder, because its new judgements are added there.
 """
 
 import asyncio
