@@ -15,7 +15,8 @@ said otherwise:
     preferences  the pairwise referee against the base (Sec. 4.1; rank 0)
 
 `results/NAME/BENCHMARK/MODEL/` holds each cell's configuration, rollouts with their judgements,
-`digits_SCORER.jsonl`, `sensitivity.jsonl`, `scores_JUDGE.jsonl` and `preferences.jsonl`. A cell is
+`digits_SCORER.jsonl`, `sensitivity.jsonl`, `scores_JUDGE.jsonl` and `preferences.jsonl`;
+`results/NAME/models.json` the models in the order in which they were first asked for. A cell is
 done once: another choice of models or benchmarks under the same name adds cells.
 """
 
@@ -52,7 +53,7 @@ from prompts import EXAMPLES, FEW_SHOT, OPEN
 from reward import RewardConfig
 from rollout import Collector, Inputs, read_inputs
 from sampler import EngineConfig, SamplingParams, choose, make_sampler
-from sources import rollouts_of, scores_file
+from sources import MODELS, rollouts_of, scores_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,10 +402,19 @@ def prefer_over(base: Cell, cell: Cell, prompts: dict[str, Prompt]) -> None:
     write_lines(cell.folder / "preferences.jsonl", lines)
 
 
+def keep_order(path: Path, models: Sequence[str]) -> None:
+    """The evaluation's models in the order in which they were first asked for, the base first."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps([*known, *(m for m in models if m not in known)]))
+
+
 def run(config: EvalConfig, table: dict[tuple[str, str], Cell], read: dict) -> None:
     """All stages. Raises JudgeError."""
     models = list(dict.fromkeys(m for m, _ in table))
     of = {m: {b: cell for (n, b), cell in table.items() if n == m} for m in models}
+    if parallel.rank() == 0:
+        keep_order(Path("results") / config.name / MODELS, models)
     sampler = None
     try:
         if "answers" in config.stages:

@@ -13,7 +13,7 @@ from data import Prompt, load_prompts
 from hub import data_file
 from ledger import read_lines
 from prompts import Scores, transcript
-from sources import rollouts_of, scores_file
+from sources import MODELS, rollouts_of, scores_file
 
 Key = tuple[str, int]  # prompt id, sample
 
@@ -116,7 +116,13 @@ class Evaluation:
 def load(folder: Path) -> Evaluation:
     """Raises ValueError for a folder without results."""
     cells = {}
-    for known in sorted(folder.glob("*/*/config.json"), key=lambda p: p.stat().st_mtime_ns):
+    order = json.loads((folder / MODELS).read_text()) if (folder / MODELS).exists() else []
+
+    def place(known: Path) -> tuple[int, Path]:
+        model = known.parent.name
+        return (order.index(model) if model in order else len(order)), known
+
+    for known in sorted(folder.glob("*/*/config.json"), key=place):
         path, config = known.parent, json.loads(known.read_text())
         digits = {
             p.stem.removeprefix("digits_"): {(x["prompt_id"], x["sample"]): x for x in rows(p)}

@@ -69,6 +69,9 @@ def load(path: Path) -> list[Source]:
     ]
 
 
+MODELS = "models.json"  # in results/NAME: an evaluation's models, the base first
+
+
 def scores_file(judge: str) -> str:
     """Where evaluate.py keeps a judge's further scores."""
     return f"scores_{re.sub(r'[^A-Za-z0-9.+-]', '_', judge)}.jsonl"

@@ -77,6 +77,9 @@ def test_all_stages_killed_and_continued(
     assert len(fake_judge.bodies) == asked
 
     folder = whole / "results" / "x"
+    assert json.loads((folder / "models.json").read_text()) == ["base", "other"]
+    evaluate.keep_order(folder / "models.json", ["third", "base"])
+    assert json.loads((folder / "models.json").read_text()) == ["base", "other", "third"]
     base, other = folder / "one" / "base", folder / "one" / "other"
     rollouts = {cell: rollouts_of(cell) for cell in (base, other)}
     versions = {r.weight_version for rows in rollouts.values() for r in rows}

@@ -295,6 +295,13 @@ def test_one_valid_response_and_none(made):
     assert one(found["Comparisons"], model="base")["mean"] == "-"  # no window, no constant
 
 
+def test_the_base_is_the_model_that_was_first_asked_for(made):
+    assert Tables([report.load(made.root / "x")]).base == "base"  # by name, without the file
+    (made.root / "x" / "models.json").write_text('["see", "base"]')
+    t = Tables([report.load(made.root / "x")])
+    assert t.base == "see" and t.models == ["see", "base"] and t.benchmarks == ["one"]
+
+
 def test_lines_on_older_weights_do_not_count(made):
     path = made.root / "x" / "one" / "see" / "digits_see.jsonl"
     now = path.read_text()
