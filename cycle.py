@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 import buffer
 import parallel
+from buffer import Rollout
 from client import Background, JudgeError
 from files import append_line, write_text
-from grpo import make_optimizer, response_row, rl_step
+from grpo import make_optimizer, micro_batches, reference_logps, response_row, rl_step
 from judge import make_judge
 from ledger import LEDGER
 from logbook import (
@@ -46,8 +47,9 @@ from logbook import (
     read_metrics,
     trim_metrics,
 )
+from packing import Row, Work
 from plan import Setup, describe, look, prepare, step_batches
-from policy import Row, export, load_policy
+from policy import export, load_policy
 from presets import Config, parse
 from rollout import Collector, figures, in_buffer
 from sampler import choose, make_sampler
@@ -122,13 +124,13 @@ class Run:
             steps = range(done + 1, self.config.rl_steps + 1)
             for step in self._progress(steps, f"cycle {cycle}, RL"):
                 version = self._hand_over(cycle, step)
-                rollouts = self.collector.collect(  # lines 7-18
+                sampled = self.collector.sample(  # lines 7-11
                     cycle, step, batches[step - 1], on_file, self._rollout_file(cycle), version
                 )
                 self.sampler.rest()
-                if self.config.show_batch and step == done + 1:
-                    self._show(response_row(rollouts[0]))
-                update = self._rl_step(optimizer, rollouts)  # lines 6, 19
+                work, ref_logps = self._reference_pass(sampled.responses, step == done + 1)
+                rollouts = self.collector.judged(sampled)  # lines 12-18
+                update = self._rl_step(optimizer, work, ref_logps, rollouts)  # lines 6, 19
                 self._log(cycle, "rl", step, figures(rollouts) | update | self.collector.spent())
                 self._save_in_phase_1(cycle, step, optimizer)
 
@@ -161,17 +163,34 @@ class Run:
             self.sampler.load_weights(self.policy, version)
         return version
 
-    def _rl_step(self, optimizer: torch.optim.AdamW, rollouts: list[buffer.Rollout]) -> dict:
+    def _reference_pass(self, responses: list[tuple], first: bool) -> tuple[Work, list]:
+        """This rank's micro-batches of the step, and the KL reference's log-probabilities in them:
+        needs no reward, so it runs while the judge's last scores are awaited."""
+        with self.clock("waiting"):
+            rows = [response_row(*pair) for pair in parallel.gather(responses)]
+        if self.config.show_batch and first:
+            self._show(rows[0])
+        with self.clock("reference"):
+            work = micro_batches(rows, self.config.rollouts, self.config.policy)
+            temperature = self.config.sampling.temperature
+            return work, reference_logps(self.reference, work.batches, temperature)
+
+    def _rl_step(
+        self, optimizer: torch.optim.AdamW, work: Work, ref_logps: list, rollouts: list[Rollout]
+    ) -> dict:
+        """`rollouts` are this rank's samples; what it trains on is shared out anew, by tokens."""
+        with self.clock("waiting"):
+            rollouts = parallel.gather(rollouts)
         with self.clock("training"):
             update = rl_step(
                 self.policy,
-                self.reference,
                 optimizer,
+                work,
+                ref_logps,
                 rollouts,
                 group_size=self.config.rollouts,
                 temperature=self.config.sampling.temperature,
                 config=self.config.grpo,
-                micro_batch_tokens=self.config.policy.micro_batch_tokens,
             )
         if (update["logprob_gap"] or 0) > GAP_ALARM:
             parallel.print0(
@@ -191,7 +210,7 @@ class Run:
 
     # Phase 2
 
-    def _select(self, buffered: list[buffer.Rollout], cycle: int) -> list[buffer.Rollout]:
+    def _select(self, buffered: list[Rollout], cycle: int) -> list[Rollout]:
         chosen = buffer.select_stratified(
             [r.judge_scores for r in buffered],
             [r.prompt_id for r in buffered],
@@ -201,7 +220,7 @@ class Run:
         )
         return [buffered[i] for i in chosen]
 
-    def _distil(self, selected: list[buffer.Rollout], cycle: int) -> Iterator[dict]:
+    def _distil(self, selected: list[Rollout], cycle: int) -> Iterator[dict]:
         tokenizer = self.setup.inputs.tokenizer
         if self.config.show_batch and selected:
             self._show(distillation_row(selected[0], tokenizer))
@@ -210,7 +229,7 @@ class Run:
             tokenizer,
             selected,
             self.config.sft,
-            self.config.policy.micro_batch_tokens,
+            self.config.policy,
             seed=self.config.seed + cycle,
         )
         while True:

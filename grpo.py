@@ -34,7 +34,8 @@ import torch
 
 import parallel
 from buffer import Rollout
-from policy import Policy, Row, micro_batches
+from packing import Batch, Row, Work, share_out
+from policy import Policy, PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -125,46 +126,54 @@ def policy_loss(
 def make_optimizer(policy: Policy, config: GRPOConfig) -> torch.optim.AdamW:
     """A fresh AdamW, as at the start of every phase."""
     return torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        policy.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
-def response_row(rollout: Rollout) -> Row:
-    """Prompt + response; the loss counts every response token, stop text included."""
-    return Row(
-        (*rollout.prompt_ids, *rollout.response_ids),
-        [False] * len(rollout.prompt_ids) + [True] * len(rollout.response_ids),
-    )
+def response_row(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Row:
+    """The loss counts every response token, stop text included."""
+    return Row((*prompt_ids, *response_ids), [False] * len(prompt_ids) + [True] * len(response_ids))
+
+
+def micro_batches(rows: Sequence[Row], group_size: int, config: PolicyConfig) -> Work:
+    """This rank's part of a step, `rows` being the responses of all ranks, groups contiguous."""
+    groups = [i // group_size for i in range(len(rows))]
+    return share_out(rows, groups, config.micro_batch_tokens, config.shared_prefix)
+
+
+@torch.no_grad()
+def reference_logps(
+    reference: Policy, batches: Sequence[Batch], temperature: float
+) -> list[torch.Tensor]:
+    """(B, T) for each micro-batch. Needs no reward, so it may run while the judge is at work."""
+    return [reference(batch, temperature).logp for batch in batches]
 
 
 def rl_step(
     policy: Policy,
-    reference: Policy,
     optimizer: torch.optim.Optimizer,
+    work: Work,
+    ref_logps: Sequence[torch.Tensor],
     rollouts: Sequence[Rollout],
     group_size: int,
     temperature: float,
     config: GRPOConfig,
-    micro_batch_tokens: int,
 ) -> dict[str, float | None]:
-    """One RL step on this rank's rollouts (whole groups, contiguous); returns figures of the step
-    over all ranks."""
+    """One RL step on the rollouts of all ranks (groups contiguous), of which `work` is this rank's
+    part; returns figures of the step over all ranks."""
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
     advantages = group_advantages(rewards, group_size).float().to(parallel.device())  # (N,)
     groups = rewards.view(-1, group_size)  # (N / G, G)
-    flat_groups = (groups.amax(1) == groups.amin(1)).sum().item()
-
-    batches = micro_batches([response_row(r) for r in rollouts], micro_batch_tokens)
-    # The denominator is counted over all ranks and micro-batches before the first backward.
+    # Counted over all ranks and micro-batches, so that the losses of the parts add up.
     counts = {"response": len(rollouts), "token": sum(len(r.response_ids) for r in rollouts)}
-    denominator = parallel.all_sum(counts)[config.loss_mean]
 
     sums: dict[str, torch.Tensor | float] = {}
-    for batch in batches:
-        forward_args = (batch.ids, batch.positions, batch.scored, temperature)
-        with torch.no_grad():
-            ref_logp = reference(*forward_args).logp  # (B, T)
-        logp, entropy, logp_t1 = policy(*forward_args)  # (B, T) each
+    for batch, ref_logp in zip(work.batches, ref_logps, strict=True):
+        logp, entropy, logp_t1 = policy(batch, temperature)  # (B, T) each
         loss, part = policy_loss(
             logp,
             logp.detach(),
@@ -176,7 +185,7 @@ def rl_step(
             entropy,
             config.entropy_coef,
             config.loss_mean,
-            denominator,
+            counts[config.loss_mean],
         )
         # FSDP averages gradients over ranks; with a global denominator ours are to be added.
         (loss * parallel.world_size()).backward()
@@ -188,7 +197,7 @@ def rl_step(
     optimizer.step()
     optimizer.zero_grad()
 
-    total = parallel.all_sum({**{k: float(v) for k, v in sums.items()}, "flat_groups": flat_groups})
+    total = parallel.all_sum({name: float(value) for name, value in sums.items()})
     return {
         "loss": total["loss"],
         "kl": _ratio(total["kl"], total["tokens"]),
@@ -197,7 +206,8 @@ def rl_step(
         "score_entropy": _ratio(total["score_entropy"], total["score_tokens"]),
         "logprob_gap": _ratio(total["gap"], total["gap_tokens"]),
         "grad_norm": grad_norm,
-        "zero_variance_groups": total["flat_groups"],
+        "zero_variance_groups": (groups.amax(1) == groups.amin(1)).sum().item(),
+        "imbalance": work.imbalance,
     }
 
 
@@ -213,7 +223,7 @@ def _alarm_and_score_entropy(
     sampled = torch.full_like(logp_t1, float("nan"))  # (B, T)
     at_score = torch.zeros_like(batch.mask)  # (B, T)
     for b, r in enumerate(rollouts):
-        start = len(r.prompt_ids)
+        start = len(r.prompt_ids) - batch.prefix  # the response's first column
         if r.sampled_logp is not None:
             sampled[b, start : start + len(r.response_ids)] = torch.tensor(r.sampled_logp)
         at_score[b, [start + p for p in r.score_positions or ()]] = True

@@ -5,11 +5,12 @@ The only file that imports torch.distributed. NCCL where there are GPUs, gloo on
 process is a group of one, so that the rest of the code has one path. Parameters are sharded by
 FSDP2 (`fully_shard`): fp32 shards, compute in `dtype`, gradients reduced in fp32."""
 
+import ctypes
 import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,8 @@ def process_group():
     """The process group for a `with` block: torchrun's ranks, or this process alone."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        _keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -45,6 +48,16 @@ def process_group():
     finally:
         if dist.is_initialized():  # a vLLM engine ends the group with itself
             dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """glibc returns large blocks to the system as they are freed; the next step would get them back
+    page by page, which was a fifth of its time on CPU (bench/README.md)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # names of options in malloc.h
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
 
 
 def ranks() -> int:
@@ -97,6 +110,13 @@ def all_sum(values: Mapping[str, float]) -> dict[str, float]:
 
 def all_max(value: float) -> float:
     return _reduce({"value": value}, dist.ReduceOp.MAX)["value"]
+
+
+def gather(items: Sequence) -> list:
+    """The items of all ranks in the order of ranks, the same list everywhere. Collective."""
+    parts: list = [None] * world_size()
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
 
 
 def raise_together(error: Exception | None) -> None:

@@ -13,7 +13,7 @@ Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V v
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,8 +33,10 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
+import packing
 import parallel
 from files import fresh_folder
+from packing import Batch, attention_calls
 
 MODEL_TYPES = (
     "llama",
@@ -51,26 +52,92 @@ class PolicyConfig:
     parameters: Literal["float32", "bfloat16"] = "float32"
     """Type of the trained parameters and of AdamW's state. bfloat16 as in the authors' scripts:
     most updates at the paper's learning rates round to nothing."""
+    shared_prefix: Annotated[bool, tyro.conf.arg(aliases=("--shared-prefix",))] = True
+    """Read a prompt that rows share once (packing.py). Without it rows are padded to a rectangle.
+    Does not change the gradient, only memory and time."""
     attn: Annotated[Literal["auto", "flash", "sdpa"], tyro.conf.arg(aliases=("--attn",))] = "auto"
-    """Attention in training: flash-attn's kernels (auto: where CUDA and the package are there; not
-    run), or PyTorch's scaled_dot_product_attention."""
+    """Attention where no prefix is shared: flash-attn's kernels (auto: where CUDA and the package
+    are there; not run), or PyTorch's scaled_dot_product_attention."""
     micro_batch_tokens: int = 16384
-    """Tokens of a padded micro-batch (rows x longest row). Does not change the gradient, only
-    memory and time."""
+    """Tokens of a micro-batch, padding included. Does not change the gradient, only memory and
+    time."""
     head_tokens: int = 2048
-    """Scored tokens whose logits exist at once: 2,048 x 151k vocabulary is 1.2 GB in fp32."""
+    """Scored tokens whose logits exist at once: 2,048 x 151k vocabulary is 0.6 GB in bf16."""
     gradient_checkpointing: bool = True
     """Recompute each layer in backward instead of keeping its activations."""
 
 
 class Scored(NamedTuple):
-    """Per token of the micro-batch, 0 where not scored."""
+    """Per token of a micro-batch's grid (see packing.Batch), 0 where not scored."""
 
     logp: torch.Tensor  # (B, T) log-probability of the token at the given temperature
     entropy: (
         torch.Tensor
     )  # (B, T) entropy in nats of the distribution the token was drawn from, same temperature
     logp_t1: torch.Tensor  # (B, T) log-probability at temperature 1, without gradient
+
+
+class HeadLogProbs(torch.autograd.Function):
+    """hidden (N, D), weight (V, D), targets (N,) -> logp, entropy, logp_t1, each (N,) fp32.
+
+    Logits exist for `chunk` tokens at a time, in the compute type, in forward and again in
+    backward. What is computed from them is fp32, for BLOCK tokens at a time, which stay in a CPU's
+    cache. With logits z, p = softmax(z / temperature) and target y:
+
+        logp    = log p_y                  d logp / d z    = (onehot_y - p) / temperature
+        entropy = -sum_v p_v log p_v       d entropy / d z = -p (log p + entropy) / temperature
+    """
+
+    BLOCK = 32
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        values = torch.empty(4, len(targets), device=hidden.device)  # the three and log_sum, (N,)
+        for at in range(0, len(targets), chunk):
+            logits = F.linear(hidden[at : at + chunk], weight)  # (n, V)
+            parts = values[:, at : at + chunk].split(HeadLogProbs.BLOCK, 1)
+            y = targets[at : at + chunk].split(HeadLogProbs.BLOCK)
+            for block, t, out in zip(logits.split(HeadLogProbs.BLOCK), y, parts, strict=True):
+                z = block.float()  # (b, V)
+                chosen = z.gather(1, t[:, None])[:, 0]  # (b,)
+                largest = z.amax(1, keepdim=True)  # (b, 1)
+                p = z.sub_(largest).exp()  # (b, V), not yet divided by its sum
+                out[2] = chosen - largest[:, 0] - p.sum(1).log()
+                torch.exp(z.div_(temperature), out=p)
+                total = p.sum(1)  # (b,)
+                out[3] = largest[:, 0] / temperature + total.log()
+                out[0] = chosen / temperature - out[3]
+                out[1] = total.log() - torch.linalg.vecdot(p, z) / total
+        logp, entropy, logp_t1, log_sum = values
+        ctx.save_for_backward(hidden, weight, targets, log_sum, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(logp_t1)
+        return logp, entropy, logp_t1
+
+    @staticmethod
+    def backward(ctx, d_logp, d_entropy, _):
+        hidden, weight, targets, log_sum, entropy = ctx.saved_tensors
+        per_token = torch.stack([log_sum, entropy, d_logp, d_entropy])[..., None]  # (4, N, 1)
+        d_hidden = torch.empty_like(hidden)  # (N, D)
+        d_weight = None  # (V, D)
+        for at in range(0, len(targets), ctx.chunk):
+            here = hidden[at : at + ctx.chunk]  # (n, D)
+            logits = F.linear(
+                here, weight
+            )  # (n, V); becomes the gradient of itself, block by block
+            parts = per_token[:, at : at + ctx.chunk].split(HeadLogProbs.BLOCK, 1)
+            y = targets[at : at + ctx.chunk].split(HeadLogProbs.BLOCK)
+            for block, t, part in zip(logits.split(HeadLogProbs.BLOCK), y, parts, strict=True):
+                s, h, d_l, d_h = part  # (b, 1) each
+                log_p = block.float().div_(ctx.temperature).sub_(s)  # (b, V)
+                p = log_p.exp()  # (b, V)
+                d = log_p.add_(h).mul_(d_h).add_(d_l).mul_(p).neg_()  # (b, V)
+                d.scatter_add_(1, t[:, None], d_l)
+                block.copy_(d.div_(ctx.temperature))
+            d_hidden[at : at + ctx.chunk] = logits @ weight
+            product = logits.T @ here
+            d_weight = product if d_weight is None else d_weight.float().add_(product)
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
 class Policy(torch.nn.Module):
@@ -81,41 +148,23 @@ class Policy(torch.nn.Module):
         self.model = model
         self.head_tokens = head_tokens
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        scored: torch.Tensor,
-        temperature: float = 1.0,
-    ) -> Scored:
-        """ids, positions: (B, T) integers, right-padded; scored: (B, T) bool, False in column 0."""
+    def forward(self, batch: Batch, temperature: float = 1.0) -> Scored:
+        """Forward of a micro-batch; with gradient except for logp_t1."""
+        shared = {}
+        if batch.lengths is not None:
+            c = self.model.config
+            dtype = self.model.lm_head.weight.dtype  # gathered, in the compute type
+            calls = attention_calls(batch, c.num_attention_heads // c.num_key_value_heads, dtype)
+            shared = {"prefix": batch.prefix, "calls": calls}
         # Causal attention over right-padded rows needs no mask: no real token sees a padded one.
         hidden = self.model.model(
-            input_ids=ids, position_ids=positions, use_cache=False
-        ).last_hidden_state  # (B, T, D)
-        before = hidden[:, :-1][scored[:, 1:]]  # (N, D): token t is predicted from position t - 1
-        chunks = [
-            checkpoint(self._head, h, t, temperature, use_reentrant=False)
-            for h, t in zip(
-                before.split(self.head_tokens), ids[scored].split(self.head_tokens), strict=True
-            )
-        ]
-        empty = torch.zeros(scored.shape, device=ids.device)  # (B, T)
-        return Scored(
-            *(empty.masked_scatter(scored, torch.cat(parts)) for parts in zip(*chunks, strict=True))
-        )
-
-    def _head(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, ...]:
-        """hidden (n, D), targets (n,) -> logp, entropy, logp_t1, each (n,)."""
-        logits = self.model.lm_head(hidden).float()  # (n, V)
-        log_probs = F.log_softmax(logits / temperature, dim=-1)  # (n, V)
-        logp = log_probs.gather(1, targets[:, None])[:, 0]  # (n,)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)  # (n,)
-        with torch.no_grad():
-            logp_t1 = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # (n,)
-        return logp, entropy, logp_t1
+            input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **shared
+        ).last_hidden_state  # (1, L, D) or (B, T, D)
+        before = hidden.flatten(0, 1)[batch.before]  # (N, D)
+        weight = self.model.lm_head.weight  # (V, D)
+        values = HeadLogProbs.apply(before, weight, batch.targets, temperature, self.head_tokens)
+        empty = torch.zeros(batch.scored.shape, device=hidden.device)  # (B, T)
+        return Scored(*(empty.masked_scatter(batch.scored, value) for value in values))
 
     def full_weights(
         self, dtype: torch.dtype = torch.bfloat16
@@ -215,6 +264,10 @@ def load_tokenizer(folder: str | Path):
 def attention(config: PolicyConfig) -> str:
     """transformers' name of the attention to train with. ValueError if flash is asked for and
     cannot be had."""
+    if config.shared_prefix and config.attn != "auto":
+        raise ValueError(f"--attn {config.attn} goes with --no-shared-prefix")
+    if config.shared_prefix:
+        return packing.NAME
     missing = [
         what
         for what, there in (
@@ -273,55 +326,3 @@ def export(policy: Policy, tokenizer, folder: Path) -> None:
             policy.model.generation_config.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
     parallel.barrier()
-
-
-# --------------------------------------------------------------------------------------------------
-# Micro-batches
-
-
-class Row(NamedTuple):
-    """One sequence and which of its tokens are scored: prompt + response, and a mask of the same
-    length."""
-
-    ids: Sequence[int]
-    mask: Sequence[bool]
-
-
-class Batch(NamedTuple):
-    index: list[int]  # which rows stand in it; empty for a filler
-    ids: torch.Tensor  # (B, T)
-    positions: torch.Tensor  # (B, T)
-    scored: torch.Tensor  # (B, T) bool: where log-probabilities are computed
-    mask: (
-        torch.Tensor
-    )  # (B, T) bool: where they count; equals `scored` but in a filler, where it is False
-
-
-def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
-    """Rows, longest first, packed into padded batches of at most `max_tokens` tokens (one row at
-    least).
-
-    All ranks get the same number of batches, because each forward under FSDP is a collective: a
-    rank with fewer rows fills up with batches that count for nothing."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(groups[-1]) + 1) * len(rows[groups[-1][0]].ids) <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    batches = [_pad(group, [rows[i] for i in group]) for group in groups]
-    filler = _pad([], [Row([0, 0], [False, True])])
-    filler = filler._replace(mask=torch.zeros_like(filler.mask))
-    return batches + [filler] * (int(parallel.all_max(len(batches))) - len(batches))
-
-
-def _pad(index: list[int], rows: Sequence[Row]) -> Batch:
-    ids = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.long)  # (B, T)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)  # (B, T)
-    for b, row in enumerate(rows):
-        ids[b, : len(row.ids)] = torch.tensor(row.ids)
-        mask[b, : len(row.ids)] = torch.tensor(row.mask)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)  # (B, T)
-    to = parallel.device()
-    return Batch(index, ids.to(to), positions.to(to), mask.to(to), mask.to(to))

@@ -159,7 +159,10 @@ _TINY = dict(
     sampling=SamplingParams(max_tokens=64),
     grpo=GRPOConfig(lr=1e-4),
     sft=SFTConfig(lr=1e-4),
-    policy=PolicyConfig("float32", micro_batch_tokens=8192, gradient_checkpointing=False),
+    # Prompts of some 20 tokens are not worth sharing.
+    policy=PolicyConfig(
+        "float32", shared_prefix=False, micro_batch_tokens=8192, gradient_checkpointing=False
+    ),
 )
 TINY = replace(PAPER, preset="tiny", name="tiny", **_TINY)
 TINY_RLCR = replace(RLCR, preset="tiny-rlcr", name="tiny-rlcr", **_TINY)

@@ -53,6 +53,15 @@ def read_inputs(config) -> Inputs:
     return Inputs(model, tokenizer, fitting, ids, len(prompts) - len(fitting))
 
 
+class Sampled(NamedTuple):
+    """A step that is sampled and perhaps not yet judged; this rank's share."""
+
+    keys: list[tuple]  # of the rollouts, groups contiguous
+    responses: list[tuple[Sequence[int], Sequence[int]]]  # prompt ids and response ids, as keys
+    on_file: dict[tuple, Rollout]
+    judged: list[Future]  # of the others
+
+
 @dataclass
 class Collector:
     """Samples, judges and keeps; what stays the same over the steps of a run."""
@@ -97,12 +106,24 @@ class Collector:
         path: Path,
         version: str,
     ) -> list[Rollout]:
-        """This rank's rollouts of one step, sampled by the weights `version`, groups contiguous;
-        those on file are taken from there.
+        """This rank's rollouts of one step, groups contiguous: `sample`, then `judged`."""
+        return self.judged(self.sample(cycle, step, batch, on_file, path, version))
+
+    def sample(
+        self,
+        cycle: int,
+        step: int,
+        batch: Sequence[Prompt],
+        on_file: Mapping[tuple, Rollout],
+        path: Path,
+        version: str,
+    ) -> Sampled:
+        """Sample this rank's share of a step with the weights `version`, each response on its way
+        to the judge as soon as it is there; those on file are taken from there.
 
         A sampler with one seed per call samples an incomplete step anew (the same weights give the
         same responses, and the judge's cache the same scores); one with a seed per rollout samples
-        what is missing. Collective at its end.
+        what is missing. Collective at its end, where all ranks stop if the judge of one has failed.
         """
         requests = self.requests(cycle, step, batch)
         done = {key: r for key, r in on_file.items() if r.weight_version == version}
@@ -111,37 +132,52 @@ class Collector:
         if missing and not self.sampler.seed_per_rollout:
             missing = requests
 
+        tokens = {key: r.response_ids for key, r in done.items()}
         judged: list[Future] = []
-        error: Exception | None = None
-        try:
-            bar = tqdm(
-                total=len(missing),
-                desc="rollouts",
-                leave=False,
-                disable=parallel.rank() != 0 or not missing,
-            )
-            with self.clock("sampling"), bar:
-                for sample in self.sampler.sample(missing, self.params):
-                    if sample.weight_version != version:
-                        raise RuntimeError(
-                            f"the sampler has weights {sample.weight_version!r}, not {version!r}"
-                        )
-                    judged.append(
-                        self.background.submit(self._judge_and_keep(sample, path, cycle, step))
+        failed = False
+        bar = tqdm(
+            total=len(missing),
+            desc="rollouts",
+            leave=False,
+            disable=parallel.rank() != 0 or not missing,
+        )
+        with self.clock("sampling"), bar:
+            for sample in self.sampler.sample(missing, self.params):
+                if sample.weight_version != version:
+                    raise RuntimeError(
+                        f"the sampler has weights {sample.weight_version!r}, not {version!r}"
                     )
-                    bar.update()
-                    if any(f.done() and f.exception() for f in judged):
-                        break
+                q = sample.request
+                tokens[step, q.prompt_id, q.sample] = sample.response_ids
+                judged.append(
+                    self.background.submit(self._judge_and_keep(sample, path, cycle, step))
+                )
+                bar.update()
+                if failed := any(f.done() and f.exception() for f in judged):
+                    break
+        sampled = Sampled(keys, [], done, judged)
+        with self.clock("waiting"):
+            failed = parallel.all_max(float(failed))
+        if failed:
+            self.judged(sampled)  # raises
+        responses = [(q.prompt_ids, tokens[key]) for q, key in zip(requests, keys, strict=True)]
+        return sampled._replace(responses=responses)
+
+    def judged(self, sampled: Sampled) -> list[Rollout]:
+        """The rollouts with their scores and rewards, when the judge has given the last.
+        Collective at its end."""
+        done, error = dict(sampled.on_file), None
+        try:
             with self.clock("judge_tail"):
-                wait(judged)  # after a failure too: what is in flight is paid for, and is kept
-                for future in judged:
+                wait(sampled.judged)  # after a failure too: what is in flight is paid for, and kept
+                for future in sampled.judged:
                     rollout = future.result()
                     done[rollout.key] = rollout
         except JudgeError as failure:
             error = failure
         with self.clock("waiting"):
             parallel.raise_together(error)
-        return [done[key] for key in keys]
+        return [done[key] for key in sampled.keys]
 
     def spent(self) -> dict[str, dict[str, float]]:
         """{"judge": calls, failed tries among them and US dollars of all ranks since the last

@@ -25,7 +25,8 @@ import torch
 
 import parallel
 from buffer import Rollout
-from policy import Policy, Row, micro_batches
+from packing import Row, share_out
+from policy import Policy, PolicyConfig
 from prompts import digit_ids
 
 
@@ -87,7 +88,7 @@ def distil(
     tokenizer,
     rollouts: Sequence[Rollout],
     config: SFTConfig,
-    micro_batch_tokens: int,
+    batching: PolicyConfig,
     seed: int,
 ) -> Iterator[dict[str, float]]:
     """One epoch over the selected rollouts (the same list on every rank); yields figures after each
@@ -96,15 +97,17 @@ def distil(
     random.Random(seed).shuffle(rows)
     updates = math.ceil(len(rows) / config.batch)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )  # fresh
     for update in range(updates):
         batch_rows = rows[update * config.batch : (update + 1) * config.batch]
-        mine = batch_rows[parallel.rank() :: parallel.world_size()]
+        work = share_out(  # one group: all share the template
+            batch_rows, [0] * len(batch_rows), batching.micro_batch_tokens, batching.shared_prefix
+        )
         denominator = sum(sum(row.mask) for row in batch_rows)  # 5 per row, over all ranks
         nll = 0.0
-        for batch in micro_batches(mine, micro_batch_tokens):
-            logp = policy(batch.ids, batch.positions, batch.scored).logp  # (B, T), temperature 1
+        for batch in work.batches:
+            logp = policy(batch).logp  # (B, T), temperature 1
             loss = masked_loss(logp, batch.mask, denominator)
             # FSDP averages gradients over ranks; with a global denominator ours are to be added.
             (loss * parallel.world_size()).backward()
@@ -121,4 +124,5 @@ def distil(
             "lr": lr,
             "grad_norm": grad_norm,
             "rows": len(batch_rows),
+            "imbalance": work.imbalance,
         }

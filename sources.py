@@ -78,13 +78,15 @@ def scores_file(judge: str) -> str:
 
 
 def rollouts_of(folder: Path) -> list[Rollout]:
-    """All of a run's; of an evaluation's those of its newest weights, one for each sample."""
+    """All of a run's; of an evaluation's those of its newest weights, one for each sample, in an
+    order that does not depend on which was finished first."""
     of_cycles = sorted((folder / "rollouts").glob("cycle_*.jsonl"))
     if of_cycles:
         return [r for path in of_cycles for r in buffer.read(path)]
     rows = buffer.read(folder / "rollouts.jsonl")
     newest = [r for r in rows if r.weight_version == rows[-1].weight_version]
-    return list({(r.prompt_id, r.sample): r for r in newest}.values())
+    one_each = {(r.prompt_id, r.sample): r for r in newest}
+    return sorted(one_each.values(), key=lambda r: r.key)
 
 
 def export(sources: Sequence[Source], path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import parallel
-from policy import PolicyConfig, Row, load_policy, load_tokenizer, micro_batches
+from packing import Row, share_out
+from policy import PolicyConfig, load_policy, load_tokenizer
 from sampler import EngineConfig, Request, SamplingParams, VLLMSampler, seed_of
 
 FREE = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
@@ -36,9 +37,11 @@ def gap(policy, samples) -> float:
         for s in samples
     ]  # fmt: skip
     total = {"difference": 0.0, "tokens": 0}
-    for batch in micro_batches(rows, 200):
+    rows = parallel.gather(rows)
+    samples = parallel.gather(samples)
+    for batch in share_out(rows, [0] * len(rows), 200).batches:
         with torch.no_grad():
-            forced = policy(batch.ids, batch.positions, batch.scored).logp_t1  # (B, T)
+            forced = policy(batch).logp_t1  # (B, T)
         for b, i in enumerate(batch.index):
             sampled = torch.tensor(samples[i].logp)
             total["difference"] += (forced[b][batch.mask[b]] - sampled).abs().sum().item()

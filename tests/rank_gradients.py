@@ -1,7 +1,7 @@
 """Not a test: one rank of test_ranks.py. Usage: rank_gradients.py MODEL_FOLDER OUT.pt
 
 Saves {case: {parameter: whole gradient}} of one RL step and one distillation update, for each loss
-mean and several splits into micro-batches.
+mean, with and without shared prefixes, and for several splits into micro-batches.
 """
 
 import sys
@@ -11,7 +11,7 @@ from conftest import make_rollout
 
 import parallel
 import sft_masked
-from grpo import GRPOConfig, rl_step
+from grpo import GRPOConfig, micro_batches, reference_logps, response_row, rl_step
 from policy import PolicyConfig, load_policy, load_tokenizer
 
 ANSWERS = ("Yes.", "It is old and good.", "Well, it is what it is, and that is fine.", "No, no.")
@@ -46,25 +46,30 @@ def main(folder: str, out: str) -> None:
     sft_masked.torch.optim.AdamW = Capture
     cases = {}
     with parallel.process_group():
-        share = len(rollouts) // parallel.world_size()
-        mine = rollouts[parallel.rank() * share :][:share]
-        policy = load_policy(folder, PolicyConfig(dtype="float32", head_tokens=7))
-        reference = load_policy(folder, PolicyConfig(dtype="float32"), trainable=False)
-        with torch.no_grad():
-            for p in policy.parameters():
-                p.mul_(1.02)  # so that the KL has a gradient
-        names = [name for name, _ in policy.model.named_parameters()]
-        for budget in (1, 150, 10_000):
-            for loss_mean in ("response", "token"):
-                config = GRPOConfig(loss_mean=loss_mean, kl_coef=0.5, grad_clip=1e9)
-                rl_step(
-                    policy, reference, Capture(policy.parameters()), mine, 4, 0.8, config, budget
+        rows = [response_row(r.prompt_ids, r.response_ids) for r in rollouts]
+        for shared in (True, False):
+            for budget in (1, 150, 10_000):
+                batching = PolicyConfig(
+                    "float32", head_tokens=7, shared_prefix=shared, micro_batch_tokens=budget
                 )
-                cases[f"{loss_mean} {budget}"] = dict(zip(names, Capture.grads, strict=True))
-            # Seven rows: two ranks get four and three, and different numbers of micro-batches.
-            config = sft_masked.SFTConfig(grad_clip=1e9)
-            list(sft_masked.distil(policy, tokenizer, rollouts[:7], config, budget, seed=0))
-            cases[f"sft {budget}"] = dict(zip(names, Capture.grads, strict=True))
+                policy = load_policy(folder, batching)
+                reference = load_policy(folder, batching, trainable=False)
+                with torch.no_grad():
+                    for p in policy.parameters():
+                        p.mul_(1.02)  # so that the KL has a gradient
+                names = [name for name, _ in policy.model.named_parameters()]
+                work = micro_batches(rows, 4, batching)
+                ref_logps = reference_logps(reference, work.batches, 0.8)
+                for loss_mean in ("response", "token"):
+                    config = GRPOConfig(loss_mean=loss_mean, kl_coef=0.5, grad_clip=1e9)
+                    capture = Capture(policy.parameters())
+                    rl_step(policy, capture, work, ref_logps, rollouts, 4, 0.8, config)
+                    case = f"{loss_mean} {budget} {shared}"
+                    cases[case] = dict(zip(names, Capture.grads, strict=True))
+                # Seven rows: ranks get different numbers of rows and of micro-batches.
+                config = sft_masked.SFTConfig(grad_clip=1e9)
+                list(sft_masked.distil(policy, tokenizer, rollouts[:7], config, batching, seed=0))
+                cases[f"sft {budget} {shared}"] = dict(zip(names, Capture.grads, strict=True))
         if parallel.rank() == 0:
             torch.save(cases, out)
 

@@ -41,7 +41,7 @@ def test_the_alarm(monkeypatch, capsys, gap, alarmed):
     run.config, run.clock = PRESETS["small"], Clock()
     run.policy = run.reference = None
     monkeypatch.setattr(cycle, "rl_step", lambda *a, **k: {"logprob_gap": gap})
-    assert run._rl_step(None, []) == {"logprob_gap": gap}
+    assert run._rl_step(None, None, [], []) == {"logprob_gap": gap}
     assert ("differ by 0.200 nats" in capsys.readouterr().out) == alarmed
 
 

@@ -106,8 +106,12 @@ BAD = {
         # 2 layers x (32 + 32) numbers x 4 bytes = 512 bytes a token.
         "cache holds about 209 tokens and one rollout may take 820; raise --engine",
     ),
+    "attn": (
+        {"policy": PolicyConfig(attn="sdpa", dtype="float32")},
+        "--attn sdpa goes with --no-shared-prefix",
+    ),
     "flash": (
-        {"policy": PolicyConfig(attn="flash", dtype="float32")},
+        {"policy": PolicyConfig(attn="flash", dtype="float32", shared_prefix=False)},
         "--attn flash needs .*--policy.dtype bfloat16",
     ),
 }

@@ -10,7 +10,8 @@ from transformers.generation.logits_process import (
 )
 
 import prompts
-from policy import PolicyConfig, Row, load_model, load_policy, micro_batches
+from packing import Row, share_out
+from policy import PolicyConfig, load_model, load_policy
 from sampler import Request, SamplingParams, TransformersSampler, _draw, seed_of
 
 PARAMS = SamplingParams(max_tokens=120)
@@ -62,9 +63,9 @@ def test_rollouts_stop_after_the_block_and_agree_with_teacher_forcing(
                  [False] * len(s.request.prompt_ids) + [True] * len(s.response_ids))
              for s in samples]  # fmt: skip
     with torch.no_grad():
-        for batch in micro_batches(whole, 1):
+        for batch in share_out(whole, [0] * len(whole), 1).batches:
             [i] = batch.index
-            forced = policy(batch.ids, batch.positions, batch.scored, 0.8).logp_t1[batch.mask]
+            forced = policy(batch, 0.8).logp_t1[batch.mask]
             torch.testing.assert_close(forced, torch.tensor(samples[i].logp), rtol=0, atol=2e-4)
 
 

@@ -9,8 +9,11 @@ from transformers import get_cosine_schedule_with_warmup
 
 import prompts
 import sft_masked
-from policy import PolicyConfig, load_model, load_policy, micro_batches
+from packing import share_out
+from policy import PolicyConfig, load_model, load_policy
 from sft_masked import SFTConfig, distil, distillation_row, lr_factor, masked_loss
+
+FP32 = PolicyConfig(dtype="float32")
 
 
 def test_judges_digits_replace_the_models_in_five_places(tokenizer):
@@ -35,10 +38,10 @@ def test_only_judged_rollouts_can_be_distilled(tokenizer):
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_other_position_carries_loss_or_gets_gradient(random_folder, tokenizer, tied):
     folder = random_folder("llama", tied)
-    policy = load_policy(folder, PolicyConfig(dtype="float32"))
+    policy = load_policy(folder, PolicyConfig(dtype="float32", shared_prefix=False))
     rows = [distillation_row(make_rollout(tokenizer, answer=a), tokenizer)
             for a in ("Fine.", "It is old and good, it is.")]  # fmt: skip
-    [batch] = micro_batches(rows, 10_000)
+    [batch] = share_out(rows, [0, 0], 10_000, shared_prefix=False).batches
     kept = {}
 
     def keep(name):
@@ -49,7 +52,7 @@ def test_no_other_position_carries_loss_or_gets_gradient(random_folder, tokenize
         return hook
 
     policy.model.model.register_forward_hook(keep("hidden"))
-    logp = policy(batch.ids, batch.positions, batch.scored).logp
+    logp = policy(batch).logp
     loss = masked_loss(logp, batch.mask, 10)
     loss.backward()
     touched = (kept["hidden"].grad != 0).any(-1)  # (B, T): positions whose logits got gradient
@@ -76,14 +79,14 @@ def test_schedule_is_hugging_faces(updates, warmup):
 
 
 def test_distillation_teaches_the_judges_scores(random_folder, tokenizer):
-    policy = load_policy(random_folder("qwen3"), PolicyConfig(dtype="float32"))
+    policy = load_policy(random_folder("qwen3"), FP32)
     rollouts = [make_rollout(tokenizer, sample=k) for k in range(70)]
     config = SFTConfig(lr=3e-3)
-    figures = list(distil(policy, tokenizer, rollouts, config, 4096, seed=1))
+    figures = list(distil(policy, tokenizer, rollouts, config, FP32, seed=1))
     assert [f["rows"] for f in figures] == [32, 32, 6]  # ceil(70 / 32) updates
     assert [f["lr"] for f in figures] == pytest.approx([3e-3, 3e-3 * 0.75, 3e-3 * 0.25])
     assert figures[-1]["loss"] < figures[0]["loss"] - 1
-    assert list(distil(policy, tokenizer, [], config, 4096, seed=1)) == []
+    assert list(distil(policy, tokenizer, [], config, FP32, seed=1)) == []
 
 
 def test_each_batch_is_divided_by_its_own_tokens(random_folder, tokenizer, monkeypatch):
@@ -95,7 +98,7 @@ def test_each_batch_is_divided_by_its_own_tokens(random_folder, tokenizer, monke
         return original(logp, mask, denominator)
 
     monkeypatch.setattr(sft_masked, "masked_loss", spy)
-    policy = load_policy(random_folder("qwen3"), PolicyConfig(dtype="float32"))
+    policy = load_policy(random_folder("qwen3"), FP32)
     rollouts = [make_rollout(tokenizer, sample=k) for k in range(6)]
-    list(distil(policy, tokenizer, rollouts, SFTConfig(batch=4), 10_000, seed=1))
+    list(distil(policy, tokenizer, rollouts, SFTConfig(batch=4), FP32, seed=1))
     assert seen == [(20, 20), (10, 10)]

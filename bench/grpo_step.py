@@ -1,0 +1,204 @@
+"""The training side of one RL step against TRL's: reference, forward and backward, optimiser.
+
+    python bench/grpo_step.py --model models/smollm2-135m
+    python bench/grpo_step.py --model DIR --rollouts runs/NAME/rollouts/cycle_01.jsonl
+
+One prompt with eight responses; the same model, loss, KL, clip, entropy bonus and optimiser on
+both sides: AdamW with fp32 parameters, bf16 compute. Ours is grpo.rl_step under FSDP2 in a group of
+one; TRL's is GRPOTrainer's own loss (`_compute_loss`, with its chunked head) in the order of its
+training step. Without --rollouts the tokens are drawn at random: time does not depend on them.
+Seconds are medians of steps taken in turn.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from sides import Side, Stopwatch, agreement, compare, print_table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+TEMPERATURE = 0.8
+
+
+def drawn(prompt_tokens: int, responses: int, response_tokens: int) -> list[SimpleNamespace]:
+    """A group of rollouts with random tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(10, 40_000, (n,), generator=generator).tolist())
+
+    prompt = tokens(prompt_tokens)
+    return [
+        SimpleNamespace(
+            prompt_ids=prompt, response_ids=tokens(response_tokens), reward=k / 10,
+            sampled_logp=None, score_positions=None,
+        )
+        for k in range(responses)
+    ]  # fmt: skip
+
+
+def from_file(path: str) -> list:
+    """The first group of a run's rollouts whose rewards differ."""
+    import buffer
+
+    groups: dict = {}
+    for r in buffer.read(Path(path)):
+        groups.setdefault((r.step, r.prompt_id), []).append(r)
+    return next(g for g in groups.values() if len({r.reward for r in g}) > 1)
+
+
+class See:
+    def __init__(self, model: str, rollouts: list, options: dict):
+        import grpo
+        import parallel
+        import policy
+
+        self.group = parallel.process_group()
+        self.group.__enter__()
+        self.grpo, self.parallel, self.rollouts = grpo, parallel, rollouts
+        self.config = policy.PolicyConfig(**options)
+        self.policy = policy.load_policy(model, self.config)
+        self.reference = policy.load_policy(model, self.config, trainable=False)
+        self.optimizer = grpo.make_optimizer(self.policy, grpo.GRPOConfig())
+        self.rows = [grpo.response_row(r.prompt_ids, r.response_ids) for r in rollouts]
+
+    def step(self) -> Stopwatch:
+        watch, g, n = Stopwatch(), self.grpo, len(self.rollouts)
+        with watch("reference"):
+            work = g.micro_batches(self.rows, n, self.config)
+            refs = g.reference_logps(self.reference, work.batches, TEMPERATURE)
+        with watch("update"):
+            g.rl_step(
+                self.policy, self.optimizer, work, refs, self.rollouts, n, TEMPERATURE,
+                g.GRPOConfig(),
+            )  # fmt: skip
+        return watch
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of the first step, clipped as the optimiser gets them."""
+        kept = {}
+
+        def keep(*_):
+            for name, p in self.policy.model.named_parameters():
+                kept[name] = self.parallel.full_tensor(p.grad).float().clone()
+
+        hook = self.optimizer.register_step_pre_hook(keep)
+        self.step()
+        hook.remove()
+        return kept
+
+
+class TRL:
+    def __init__(self, model: str, rollouts: list, options: dict):
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+        from trl import GRPOConfig, GRPOTrainer
+
+        arguments = GRPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            use_cpu=not torch.cuda.is_available(),
+            bf16=options.get("dtype") != "float32",
+            beta=0.01,
+            loss_type="grpo",
+            use_bias_correction_kl=False,
+            temperature=TEMPERATURE,
+            epsilon=0.2,
+            entropy_coef=0.001,
+            num_generations=len(rollouts),
+            per_device_train_batch_size=len(rollouts),
+            learning_rate=1e-6,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            gradient_checkpointing=options.get("gradient_checkpointing", True),
+            model_init_kwargs={"dtype": "float32", "local_files_only": True},
+            report_to=[],
+        )
+        self.trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": ["x"] * len(rollouts)}),
+            processing_class=AutoTokenizer.from_pretrained(model),
+        )
+        self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.trainer.model.train()
+        width = max(len(r.response_ids) for r in rollouts)
+        ids = [[*r.response_ids, *[0] * (width - len(r.response_ids))] for r in rollouts]
+        mask = [[1] * len(r.response_ids) + [0] * (width - len(r.response_ids)) for r in rollouts]
+        rewards = torch.tensor([r.reward for r in rollouts])
+        self.inputs = {
+            "prompt_ids": torch.tensor([r.prompt_ids for r in rollouts]),
+            "prompt_mask": torch.ones(len(rollouts), len(rollouts[0].prompt_ids), dtype=torch.long),
+            "completion_ids": torch.tensor(ids),
+            "completion_mask": torch.tensor(mask),
+            "advantages": (rewards - rewards.mean()) / (rewards.std() + 1e-6),
+        }
+
+    def step(self, use=None) -> Stopwatch:
+        watch, t, x = Stopwatch(), self.trainer, self.inputs
+        with watch("reference"), torch.no_grad():
+            x["ref_per_token_logps"], _, _ = t._get_per_token_logps_and_entropies(
+                t.ref_model,
+                torch.cat([x["prompt_ids"], x["completion_ids"]], 1),
+                torch.cat([x["prompt_mask"], x["completion_mask"]], 1),
+                x["completion_ids"].shape[1],
+            )
+        with watch("update"):
+            loss = t._compute_loss(t.model, x)
+            t.accelerator.backward(loss)
+            torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.args.max_grad_norm)
+            if use:
+                use()
+            t.optimizer.step()
+            t.optimizer.zero_grad()
+        return watch
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        kept = {}
+        self.step(lambda: kept.update(
+            {n: p.grad.float().clone() for n, p in self.trainer.model.named_parameters()}
+        ))  # fmt: skip
+        return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[250, 1000, 2000])
+    parser.add_argument("--responses", type=int, default=8, help="to the one prompt")
+    parser.add_argument("--response_tokens", type=int, default=150)
+    parser.add_argument("--rollouts", help="a run's rollouts; their first group, instead")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each side")
+    parser.add_argument("--threads", type=int, default=2, help="of each side")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+                        help="gradient checkpointing on both sides")  # fmt: skip
+    args = parser.parse_args()
+    if args.rollouts:
+        works = {args.rollouts: from_file(args.rollouts)}
+    else:
+        works = {
+            f"{n:,} prompt tokens": drawn(n, args.responses, args.response_tokens)
+            for n in args.prompt_tokens
+        }
+    options = {"dtype": args.dtype, "gradient_checkpointing": args.checkpointing}
+    for name, rollouts in works.items():
+        lengths = [len(r.response_ids) for r in rollouts]
+        shape = f"{len(rollouts[0].prompt_ids):,} + {len(rollouts)} x {min(lengths)}-{max(lengths)}"
+        print(f"\n{name}: {shape} tokens, {args.threads} threads, {args.dtype}; seconds")
+        sides = [Side(make, args.threads, args.model, rollouts, options) for make in (See, TRL)]
+        ours, theirs = (side.ask("gradients") for side in sides)
+        print_table(compare(sides, args.repeats))
+        print(f"gradients differ by {agreement(ours, theirs):.1e} of their norm")
+        for side in sides:
+            side.close()
+
+
+if __name__ == "__main__":
+    main()
