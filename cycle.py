@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import buffer
+import footprint
 import parallel
 from buffer import Rollout
 from client import Background, JudgeError
@@ -62,7 +63,7 @@ GAP_ALARM = 0.1
 def main(config: Config | None = None) -> None:
     """Run SEE. `config` None: from the command line."""
     config = config or parse(sys.argv[1:], __doc__)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0"
     try:
         config = dataclasses.replace(config, sampler=choose(config.sampler))
         if config.dry_run:
@@ -131,7 +132,8 @@ class Run:
                 work, ref_logps = self._reference_pass(sampled.responses, step == done + 1)
                 rollouts = self.collector.judged(sampled)  # lines 12-18
                 update = self._rl_step(optimizer, work, ref_logps, rollouts)  # lines 6, 19
-                self._log(cycle, "rl", step, figures(rollouts) | update | self.collector.spent())
+                line = figures(rollouts) | update | self.collector.spent() | self._hand_over_speed()
+                self._log(cycle, "rl", step, line)
                 self._save_in_phase_1(cycle, step, optimizer)
 
             # Line 20: the buffer, the same on every rank
@@ -162,6 +164,10 @@ class Run:
         with self.clock("hand_over"):
             self.sampler.load_weights(self.policy, version)
         return version
+
+    def _hand_over_speed(self) -> dict[str, float]:
+        gigabytes = footprint.itemsize(self.config.policy.dtype) * self.setup.size.parameters / 1e9
+        return {"hand_over_s_per_gb": self.clock.spent["hand_over"] / gigabytes}
 
     def _reference_pass(self, responses: list[tuple], first: bool) -> tuple[Work, list]:
         """This rank's micro-batches of the step, and the KL reference's log-probabilities in them:

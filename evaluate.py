@@ -173,7 +173,7 @@ def prepare(cell: Cell) -> Inputs:
     trained = window_prompts(Path(cell.window)) if cell.window else {}
     prompts = [p for p in inputs.prompts if p.id not in trained]
     double = near_duplicates(prompts, [*trained.values(), *examples(cell)])
-    if any(double) and os.environ.get("LOCAL_RANK", "0") == "0":
+    if any(double) and os.environ.get("RANK", "0") == "0":
         done = "left out" if cell.drop_duplicates else "kept (--drop_duplicates)"
         print(
             f"{cell.data}: {sum(double)} of {len(prompts)} prompts are nearly a training prompt or "
@@ -461,9 +461,7 @@ def main() -> None:
             for name in config.judges:
                 make_judge(held_out(cell, name), cell.folder / LEDGER)
     except ValueError as error:
-        raise SystemExit(
-            f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
-        ) from None
+        raise SystemExit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
     with parallel.process_group():
         try:
             run(config, table, read)

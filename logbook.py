@@ -24,7 +24,7 @@ class Clock:
     """`with clock("sampling"): ...` adds to a part; parts do not nest; the rest is "other"."""
 
     def __init__(self):
-        self._spent: Counter[str] = Counter()
+        self.spent: Counter[str] = Counter()
         self._since = time.perf_counter()
         self._open = False
 
@@ -39,15 +39,15 @@ class Clock:
             yield
         finally:
             self._open = False
-            self._spent[part] += time.perf_counter() - started
+            self.spent[part] += time.perf_counter() - started
 
     def lap(self) -> dict[str, float]:
         """Seconds by part since the last lap, with "other" and their sum "wall"."""
         now = time.perf_counter()
         wall = now - self._since
-        parts = {**self._spent, "other": wall - sum(self._spent.values()), "wall": wall}
+        parts = {**self.spent, "other": wall - sum(self.spent.values()), "wall": wall}
         self._since = now
-        self._spent.clear()
+        self.spent.clear()
         return {part: round(seconds, 3) for part, seconds in parts.items()}
 
 

@@ -4,9 +4,8 @@
     torchrun --nproc_per_node 4 cycle.py --preset paper --dry_run           (as four)
 
 Everything that can be wrong is found here, in one sentence each, before anything expensive. Memory
-is by formula, an estimate on the low side: it leaves out what allocators and libraries take for
-themselves (the small run on CPU: 6.6 GB by formula, 11.1 GB resident). Judge tokens are counted
-with the policy's tokenizer; the judge's own counts otherwise.
+is by formula (footprint.py). Judge tokens are counted with the policy's tokenizer; the judge's own
+counts otherwise.
 
 Where the paper leaves a choice: the window of prompts is
 `sorted(random.Random(seed).sample(range(n), size))` over the prompts that fit the prompt limit; its
@@ -15,7 +14,6 @@ order in cycle c is a permutation by seed + c.
 
 import json
 import math
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -23,8 +21,10 @@ from pathlib import Path
 
 import torch
 
+import footprint
 from data import Prompt
 from endpoint import prices
+from footprint import itemsize, per_rank
 from hub import fetch_weights
 from judge import make_judge, offline_judge
 from ledger import LEDGER
@@ -119,7 +119,7 @@ def obstacles(config: Config, setup: Setup) -> list[str]:
         found.append(
             "--wandb is asked for, but no key is known: `wandb login` first, or WANDB_MODE=offline"
         )
-    parts, there = memory(config, setup), memory_per_rank()
+    parts, there = memory(config, setup), per_rank()
     if sum(parts.values()) > there:
         shown = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
         found.append(
@@ -162,62 +162,22 @@ def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[
 
 
 def memory(config: Config, setup: Setup) -> dict[str, float]:
-    """Peak of one rank by formula. P parameters, R ranks; activations and logits are those of one
-    micro-batch."""
-    m, r = setup.size, ranks()
-    compute = _bytes(config.policy.dtype)
-    kept = _bytes(config.policy.parameters)
-    tokens = max(config.policy.micro_batch_tokens, longest_row(config))
-    layers_kept = 1 if config.policy.gradient_checkpointing else m.layers
-    scored = min(config.policy.head_tokens, tokens)
-    return {
-        "parameters": kept * m.parameters / r,
-        "gradients": kept * m.parameters / r,
-        "AdamW": 2 * kept * m.parameters / r,
-        "KL reference": compute * m.parameters / r,
-        # Embedding, norm and head stay whole from forward to backward; of the layers two at a time.
-        "gathered weights and gradients": (2 * compute + 4)
-        * (m.parameters - m.layers * m.per_layer + 2 * m.per_layer),
-        "activations": compute * tokens * (m.layers * m.hidden + layers_kept * m.activations),
-        # fp32: logits, log-softmax, its exponential, two gradients (20 bytes as measured on CPU).
-        "logits": 5 * 4 * scored * m.vocabulary,
-        "sampler": _sampler_memory(config, m),
-    }
-
-
-def _sampler_memory(config: Config, m: Size) -> float:
-    weights = _bytes(config.policy.dtype) * m.parameters
-    if config.sampler != "vllm":
-        return weights
-    if not torch.cuda.is_available():
-        return weights + config.engine.kv_cache_gb * 2**30
-    return 0.0 if config.engine.sleep else config.engine.gpu_memory * memory_per_rank()
+    """Peak of one rank of this start on this machine."""
+    sampler = footprint.engine(config, setup.size, per_rank(), torch.cuda.is_available())
+    return {**footprint.training(config, setup.size, ranks()), "sampler": sampler}
 
 
 def kv_tokens(config: Config, setup: Setup) -> int:
     """Tokens that vLLM's KV cache holds on one rank."""
-    m, size = setup.size, _bytes(config.policy.dtype)
-    if torch.cuda.is_available():
-        cache = config.engine.gpu_memory * memory_per_rank() - size * m.parameters
-    else:
-        cache = config.engine.kv_cache_gb * 2**30
-    return max(0, int(cache / (size * m.kv_per_token)))
-
-
-def memory_per_rank() -> float:
-    """The GPU's memory, or the computer's shared by its ranks."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total / int(os.environ.get("LOCAL_WORLD_SIZE", ranks()))
+    return footprint.kv_tokens(config, setup.size, per_rank(), torch.cuda.is_available())
 
 
 def disk(config: Config, setup: Setup) -> dict[str, float]:
     """What the run's folder grows to, the responses and judgements (a few GB at most) left out."""
     m = setup.size
     checkpoints = config.cycles * (config.rl_steps // config.save_every if config.save_every else 1)
-    kept = _bytes(config.policy.parameters)
-    optimizer_and_reference = 2 * kept + _bytes(config.policy.dtype)
+    kept = itemsize(config.policy.parameters)
+    optimizer_and_reference = 2 * kept + itemsize(config.policy.dtype)
     state = kept + (optimizer_and_reference if config.save_every else 0)
     return {
         "checkpoints": 2 * m.parameters * min(checkpoints, config.keep_checkpoints or checkpoints),
@@ -232,10 +192,6 @@ def disk_free(folder: Path) -> float:
     return shutil.disk_usage(existing).free + held
 
 
-def _bytes(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
-
-
 # --------------------------------------------------------------------------------------------------
 # The dry run
 
@@ -247,7 +203,7 @@ def describe(config: Config, setup: Setup) -> str:
         "Schedule": _schedule(config, setup),
         "Judge": _judge(config, setup),
         f"Memory of each of {ranks()} rank(s), by formula": _sizes(memory(config, setup))
-        + [f"{'this machine has':<34} {memory_per_rank() / GB:8.1f} GB"],
+        + [f"{'this machine has':<34} {per_rank() / GB:8.1f} GB"],
         f"Disk, {setup.folder}/": _sizes(disk(config, setup))
         + [f"{'free there':<34} {disk_free(setup.folder) / GB:8.1f} GB"]
         + _files(config),

@@ -49,6 +49,34 @@ def weights(run) -> bytes:
     return (run / "checkpoints" / "cycle_02" / "model.safetensors").read_bytes()
 
 
+def test_two_machines_give_what_one_gives(tmp_path, parrot_folder, prompt_file):
+    """Two agents of one process each, on loopback, and one agent of two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master_port", free_port()]
+    args = small_args(parrot_folder, prompt_file)
+    weights, figures = [], []
+    for nodes in (1, 2):
+        folder = tmp_path / str(nodes)
+        folder.mkdir()
+        agents = [
+            subprocess.Popen(
+                [*torchrun, "--nnodes", str(nodes), "--nproc_per_node", str(2 // nodes),
+                 "--node_rank", str(node), "--master_addr", "127.0.0.1", *args],
+                cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for node in range(nodes)
+        ]  # fmt: skip
+        finish(agents)
+        run = folder / "runs" / "tiny"
+        weights.append((run / "checkpoints" / "cycle_02" / "model.safetensors").read_bytes())
+        lines = read_metrics(run)
+        for line in lines:
+            line.pop("seconds"), line.pop("hand_over_s_per_gb", None)
+        figures.append(lines)
+        assert [start["ranks"] for start in json.loads((run / "env.json").read_text())] == [2]
+    assert figures[0] == figures[1] and weights[0] == weights[1]
+
+
 def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     """The whole of Algorithm 1 on two ranks, then evaluation of what came out."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
@@ -65,10 +93,13 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     assert [m["sample_passes"] for m in metrics if m["phase"] == "rl"] == [4, 8, 12, 16]
     named = """cycle phase step sample_passes reward quality calibration mae well_formed truncated
         response_tokens score_entropy kl clip_fraction entropy grad_norm logprob_gap
-        zero_variance_groups seconds""".split()
+        zero_variance_groups imbalance hand_over_s_per_gb seconds""".split()
     for m in metrics:
         if m["phase"] == "rl":
             assert set(named) <= set(m)
+            parts = {k: v for k, v in m["seconds"].items() if k != "wall"}
+            assert parts.keys() >= {"sampling", "reference", "judge_tail", "training", "hand_over"}
+            assert sum(parts.values()) == pytest.approx(m["seconds"]["wall"], abs=0.01)
             assert m["clip_fraction"] == 0 and m["logprob_gap"] < 1e-3
             assert m["kl"] < 1e-6 if m["step"] == 1 else m["kl"] > 1e-6
     assert any(m["phase"] == "sft" for m in metrics)

@@ -50,12 +50,13 @@ def lines(path):
 
 
 def contents(folder):
-    """All results, without what depends on the order or time of writing."""
+    """All results, without what depends on the order or time of writing. A step that was killed is
+    sampled anew, so that some answers stand in the file twice, word for word."""
     found = {}
     for path in sorted(folder.rglob("*.jsonl")):
         if path.name != "judge_cache.jsonl":
             rows = (json.dumps(row, sort_keys=True) for row in lines(path))
-            found[str(path.relative_to(folder))] = sorted(rows)
+            found[str(path.relative_to(folder))] = sorted(set(rows))
     return found
 
 

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 
 # Imports go down this list only (README, Design).
-ORDER = """demo report control_tables tables results evaluate cycle plan presets rollout grpo
-sft_masked digits sampler policy packing judge sources client ledger endpoint heuristic inference
-controls metrics tiny data hub reward buffer logbook parallel files prompts""".split()
+ORDER = """demo report control_tables tables results evaluate cycle plan footprint presets rollout
+grpo sft_masked digits sampler policy packing judge sources client ledger endpoint heuristic
+inference controls metrics tiny data hub reward buffer logbook parallel files prompts""".split()
 ONLY_IN = {
     "torch.distributed": "parallel",
     "vllm": "sampler",

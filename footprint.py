@@ -1,0 +1,82 @@
+"""Memory of one rank by formula, from a model's config.json alone.
+
+An estimate on the low side: it leaves out what allocators and libraries take for themselves.
+tests/test_footprint.py holds it against a measured step on CPU; bench/memory.py prints it for a
+machine that need not be there. All figures are bytes unless named otherwise.
+"""
+
+import math
+import os
+
+import torch
+
+from parallel import ranks
+from policy import HeadLogProbs, PolicyConfig, Size
+from sampler import longest_row
+
+
+def training(config, m: Size, ranks: int) -> dict[str, float]:
+    """Peak of a rank in a training step, sampler aside (`config` is cycle's)."""
+    p: PolicyConfig = config.policy
+    compute, kept = itemsize(p.dtype), itemsize(p.parameters)
+    root = m.parameters - m.layers * m.per_layer  # embedding, norm and head
+    tokens = max(p.micro_batch_tokens, longest_row(config))
+    return {
+        "parameters": kept * m.parameters / ranks,
+        "gradients": kept * m.parameters / ranks,
+        "AdamW": 2 * kept * m.parameters / ranks,
+        "KL reference": compute * m.parameters / ranks,
+        # The root's stay whole from forward to backward; of the layers two at a time.
+        "gathered weights and gradients": (2 * compute + 4) * (root + 2 * m.per_layer),
+        "activations": activations_per_token(p, m) * tokens,
+        "head": head(p, m, tokens),
+    }
+
+
+def activations_per_token(p: PolicyConfig, m: Size) -> float:
+    """Kept for backward, or one layer's and the input of each where they are recomputed."""
+    layers_kept = 1 if p.gradient_checkpointing else m.layers
+    return itemsize(p.dtype) * (m.layers * m.hidden + layers_kept * m.activations)
+
+
+def head(p: PolicyConfig, m: Size, tokens: int) -> float:
+    """Logits of a chunk, fp32 work on a block of it, and the head's gradient in fp32 where it is
+    added up over chunks."""
+    chunk = min(p.head_tokens, tokens)
+    summed = 4 * m.vocabulary * m.hidden if tokens > p.head_tokens else 0
+    return m.vocabulary * (itemsize(p.dtype) * chunk + 3 * 4 * HeadLogProbs.BLOCK) + summed
+
+
+def tokens_that_fit(config, m: Size, ranks: int, free: float) -> int:
+    """The largest micro-batch, in tokens, where `free` bytes are left for training."""
+    fixed = sum(v for k, v in training(config, m, ranks).items() if k != "activations")
+    return max(0, math.floor((free - fixed) / activations_per_token(config.policy, m)))
+
+
+def engine(config, m: Size, per_rank: float, cuda: bool) -> float:
+    """The sampler's part while the policy trains."""
+    weights, e = itemsize(config.policy.dtype) * m.parameters, config.engine
+    if config.sampler != "vllm":
+        return weights
+    if not cuda:
+        return weights + e.kv_cache_gb * 2**30
+    return 0.0 if e.sleep else e.gpu_memory * per_rank
+
+
+def kv_tokens(config, m: Size, per_rank: float, cuda: bool) -> int:
+    """Tokens that vLLM's KV cache holds on one rank."""
+    size, e = itemsize(config.policy.dtype), config.engine
+    cache = e.gpu_memory * per_rank - size * m.parameters if cuda else e.kv_cache_gb * 2**30
+    return max(0, int(cache / (size * m.kv_per_token)))
+
+
+def per_rank() -> float:
+    """The GPU's memory, or the computer's shared by its ranks."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total / int(os.environ.get("LOCAL_WORLD_SIZE", ranks()))
+
+
+def itemsize(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
