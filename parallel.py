@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,6 +46,12 @@ def process_group():
         )
     try:
         yield
+        if dist.is_initialized():
+            # Ranks leave together. Seldom one was aborted while Python was closing ("terminate
+            # called without an active exception"), we think by a gloo thread that still held a
+            # tensor: it gets a moment to drop it.
+            barrier()
+            time.sleep(0.1)
     finally:
         if dist.is_initialized():  # a vLLM engine ends the group with itself
             dist.destroy_process_group()

@@ -1,0 +1,54 @@
+"""Memory of each GPU by formula, for a model and a machine that need not be there.
+
+    python bench/memory.py --model DIR --gpus 4 --gpu_gb 96
+
+DIR needs a config.json and nothing else. The formulas (footprint.py) are held against a measured
+step on CPU by a test; no GPU has been measured.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import footprint  # noqa: E402
+from policy import model_size  # noqa: E402
+from presets import PRESETS  # noqa: E402
+from sampler import longest_row  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder with a config.json")
+    parser.add_argument("--gpus", type=int, default=4, help="ranks")
+    parser.add_argument("--gpu_gb", type=float, default=96, help="memory of each, GB (10^9 bytes)")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="decides the rest")
+    parser.add_argument("--sleep", action="store_true", help="vLLM gives its memory back")
+    args = parser.parse_args()
+    config, size = replace(PRESETS[args.preset], sampler="vllm"), model_size(args.model)
+    config = replace(config, engine=replace(config.engine, sleep=args.sleep))
+    total = args.gpu_gb * 1e9
+    parts = footprint.training(config, size, args.gpus)
+    parts["vLLM: weights, KV cache"] = footprint.engine(config, size, total, cuda=True)
+    tokens = config.policy.micro_batch_tokens
+    print(f"{size.kind}, {size.parameters / 1e9:.2f} B parameters, preset {args.preset}, "
+          f"{args.gpus} GPUs, micro-batches of {tokens:,} tokens\n")  # fmt: skip
+    for name, value in parts.items():
+        print(f"  {name:<34}{value / 1e9:8.1f} GB")
+    print(f"  {'of ' + format(args.gpu_gb, 'g') + ' GB':<34}{sum(parts.values()) / 1e9:8.1f} GB")
+    free = total - parts["vLLM: weights, KV cache"]
+    fit = footprint.tokens_that_fit(config, size, args.gpus, free)
+    longest = longest_row(config)
+    print(f"\n  tokens of a micro-batch that fit  {fit:10,}"
+          + ("" if fit >= longest else f"   fewer than one row of {longest:,}"))  # fmt: skip
+    seats = footprint.kv_tokens(config, size, total, cuda=True)
+    print(f"  tokens in vLLM's KV cache         {seats:10,}"
+          + ("" if seats >= longest else f"   fewer than one rollout of {longest:,}"))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
