@@ -194,6 +194,10 @@ def check_model_folder(folder: str | Path, longest: int) -> None:
             "scale or cap logits in ways policy.py does not know. Supported: "
             f"{', '.join(MODEL_TYPES)}"
         )
+    if config.get("use_sliding_window"):
+        raise ValueError(
+            f"model {folder} attends in a sliding window, which packing.py does not know"
+        )
     if longest > config["max_position_embeddings"]:
         raise ValueError(
             f"model {folder} reads {config['max_position_embeddings']} tokens, fewer than "

@@ -6,8 +6,8 @@
 One prompt with eight responses; the same model, loss, KL, clip, entropy bonus and optimiser on
 both sides: AdamW with fp32 parameters, bf16 compute. Ours is grpo.rl_step under FSDP2 in a group of
 one; TRL's is GRPOTrainer's own loss (`_compute_loss`, with its chunked head and its default of
-recomputing activations) in the order of its training step. Without --rollouts the tokens are drawn at random: time does not depend on them.
-Seconds are medians of steps taken in turn.
+recomputing activations) in the order of its training step. Without --rollouts the tokens are drawn
+at random: time does not depend on them. Seconds are medians of steps taken in turn.
 """
 
 import argparse
@@ -59,7 +59,9 @@ class See:
         self.group = parallel.process_group()
         self.group.__enter__()
         self.grpo, self.parallel, self.rollouts = grpo, parallel, rollouts
-        self.config = policy.PolicyConfig(**options)
+        self.config = policy.PolicyConfig(
+            dtype=options["dtype"], gradient_checkpointing=options["checkpointing"]
+        )
         self.policy = policy.load_policy(model, self.config)
         self.reference = policy.load_policy(model, self.config, trainable=False)
         self.optimizer = grpo.make_optimizer(self.policy, grpo.GRPOConfig())
@@ -97,10 +99,11 @@ class TRL:
         from transformers import AutoTokenizer
         from trl import GRPOConfig, GRPOTrainer
 
+        self.rows = options["trl_rows"] if len(rollouts) % options["trl_rows"] == 0 else 1
         arguments = GRPOConfig(
             output_dir=tempfile.mkdtemp(),
             use_cpu=not torch.cuda.is_available(),
-            bf16=options.get("dtype") != "float32",
+            bf16=options["dtype"] != "float32",
             beta=0.01,
             loss_type="grpo",
             use_bias_correction_kl=False,
@@ -108,7 +111,8 @@ class TRL:
             epsilon=0.2,
             entropy_coef=0.001,
             num_generations=len(rollouts),
-            per_device_train_batch_size=len(rollouts),
+            per_device_train_batch_size=self.rows,
+            gradient_accumulation_steps=len(rollouts) // self.rows,
             learning_rate=1e-6,
             weight_decay=0.01,
             max_grad_norm=1.0,
@@ -123,7 +127,7 @@ class TRL:
             processing_class=AutoTokenizer.from_pretrained(model),
         )
         self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1
+        self.trainer.current_gradient_accumulation_steps = len(rollouts) // self.rows
         self.trainer.model.train()
         width = max(len(r.response_ids) for r in rollouts)
         ids = [[*r.response_ids, *[0] * (width - len(r.response_ids))] for r in rollouts]
@@ -138,17 +142,19 @@ class TRL:
         }
 
     def step(self, use=None) -> Stopwatch:
-        watch, t, x = Stopwatch(), self.trainer, self.inputs
-        with watch("reference"), torch.no_grad():
-            x["ref_per_token_logps"], _, _ = t._get_per_token_logps_and_entropies(
-                t.ref_model,
-                torch.cat([x["prompt_ids"], x["completion_ids"]], 1),
-                torch.cat([x["prompt_mask"], x["completion_mask"]], 1),
-                x["completion_ids"].shape[1],
-            )
+        watch, t, n = Stopwatch(), self.trainer, self.rows
+        for start in range(0, len(self.inputs["advantages"]), n):
+            x = {name: value[start : start + n] for name, value in self.inputs.items()}
+            with watch("reference"), torch.no_grad():
+                x["ref_per_token_logps"], _, _ = t._get_per_token_logps_and_entropies(
+                    t.ref_model,
+                    torch.cat([x["prompt_ids"], x["completion_ids"]], 1),
+                    torch.cat([x["prompt_mask"], x["completion_mask"]], 1),
+                    x["completion_ids"].shape[1],
+                )
+            with watch("update"):
+                t.accelerator.backward(t._compute_loss(t.model, x))
         with watch("update"):
-            loss = t._compute_loss(t.model, x)
-            t.accelerator.backward(loss)
             torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.args.max_grad_norm)
             if use:
                 use()
@@ -176,8 +182,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--trl_rows", type=int, default=4,
+                        help="responses in a micro-batch of TRL's")  # fmt: skip
     parser.add_argument("--checkpointing", action="store_true",
-                        help="recompute activations on our side too, as TRL does by default")  # fmt: skip
+                        help="recompute activations on our side too, as TRL does")  # fmt: skip
     args = parser.parse_args()
     if args.rollouts:
         works = {args.rollouts: from_file(args.rollouts)}
@@ -186,15 +194,15 @@ def main() -> None:
             f"{n:,} prompt tokens": drawn(n, args.responses, args.response_tokens)
             for n in args.prompt_tokens
         }
-    options = {"dtype": args.dtype, "gradient_checkpointing": args.checkpointing}
+    options = {k: getattr(args, k) for k in ("dtype", "checkpointing", "trl_rows")}
     for name, rollouts in works.items():
         lengths = [len(r.response_ids) for r in rollouts]
         shape = f"{len(rollouts[0].prompt_ids):,} + {len(rollouts)} x {min(lengths)}-{max(lengths)}"
         print(f"\n{name}: {shape} tokens, {args.threads} threads, {args.dtype}; seconds")
         sides = [Side(make, args.threads, args.model, rollouts, options) for make in (See, TRL)]
-        ours, theirs = (side.ask("gradients") for side in sides)
+        difference = agreement(*(side.ask("gradients") for side in sides))
         print_table(compare(sides, args.repeats))
-        print(f"gradients differ by {agreement(ours, theirs):.1e} of their norm")
+        print(f"gradients differ by {difference:.1e} of their norm")
         for side in sides:
             side.close()
 

@@ -145,9 +145,9 @@ def main() -> None:
         Side(Usual, args.threads, args.model, rows,
              common | {"micro_batch_rows": args.micro_batch_rows}),
     ]  # fmt: skip
-    ours, theirs = (side.ask("gradients") for side in sides)
+    difference = agreement(*(side.ask("gradients") for side in sides))
     print_table(compare(sides, args.repeats))
-    print(f"gradients differ by {agreement(ours, theirs):.1e} of their norm")
+    print(f"gradients differ by {difference:.1e} of their norm")
     for side in sides:
         side.close()
 

@@ -66,10 +66,8 @@ class Stopwatch(dict):
 
 
 def compare(sides: list[Side], repeats: int) -> list[dict]:
-    """One step of each to warm up, then `repeats` of each in turn: medians by part and in all,
-    the range of the whole, the peak."""
-    for side in sides:
-        side.ask("step")
+    """`repeats` steps of each in turn, after one whose gradients were taken: medians by part and in
+    all, the range of the whole, the peak."""
     found: list[list[dict]] = [[] for _ in sides]
     for _ in range(repeats):
         for side, steps in zip(sides, found, strict=True):

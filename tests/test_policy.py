@@ -39,6 +39,25 @@ def test_parameters_are_fp32_and_compute_is_bf16(random_folder, tokenizer):
     assert {p.grad.dtype for p in policy.parameters()} == {torch.float32}
 
 
+def test_the_head_runs_on_scored_tokens_only_and_in_chunks(random_folder, tokenizer, monkeypatch):
+    """However long the prompt: 9 scored tokens, 4 at a time, in forward and in backward."""
+    config = PolicyConfig("float32", head_tokens=4, gradient_checkpointing=False)
+    policy, seen = load_policy(random_folder("llama", False), config), []
+    linear = torch.nn.functional.linear
+
+    def spy(x, weight, bias=None):
+        if weight.shape[0] == len(tokenizer):
+            seen.append(x.shape[0])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    for prompt in (5, 500):
+        one = Row([*range(prompt), *range(9)], [False] * prompt + [True] * 9)
+        [batch] = share_out([one], [0], 1000).batches
+        policy(batch).logp.sum().backward()
+    assert seen == [4, 4, 1] * 4
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-3)])
 def test_the_first_step_of_a_cycle_has_ratio_1_and_no_kl(random_folder, tokenizer, dtype, limit):
     config = PolicyConfig(dtype=dtype)
@@ -104,6 +123,9 @@ def test_unusable_model_folders_are_named(tmp_path, random_folder):
         check_model_folder(tmp_path, 9)
     (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
     with pytest.raises(ValueError, match="type 'gemma2' is not supported"):
+        check_model_folder(tmp_path, 9)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "use_sliding_window": true}')
+    with pytest.raises(ValueError, match="sliding window"):
         check_model_folder(tmp_path, 9)
     check_model_folder(random_folder(), 1024)
     with pytest.raises(ValueError, match="reads 1024 tokens, fewer than .* = 1025"):

@@ -1,5 +1,6 @@
 """Sample, judge, keep: .venv/bin/python -m pytest tests/test_rollout.py"""
 
+import asyncio
 import threading
 
 import pytest
@@ -96,6 +97,23 @@ def test_judging_overlaps_sampling(tokenizer, tmp_path):
     assert (
         len(make(tokenizer, sampler, judge).collect(1, 1, PROMPTS, {}, tmp_path / "r", "c1s0")) == 4
     )
+
+
+def test_the_responses_are_there_while_the_judge_is_still_at_work(tokenizer, tmp_path):
+    """So that the reference pass, which needs no score, can fill the wait."""
+
+    class SlowJudge(FakeJudge):
+        async def score(self, conversation, answer, references=()):
+            await asyncio.to_thread(self.first.wait, 10)
+            return JUDGED
+
+    judge = SlowJudge()
+    collector = make(tokenizer, FakeSampler(tokenizer, dict.fromkeys(KEYS, GOOD)), judge)
+    sampled = collector.sample(1, 1, PROMPTS, {}, tmp_path / "r", "c1s0")
+    assert sampled.responses == [((5, 6, 7), tuple(tokenizer.encode(GOOD)))] * 4
+    assert not any(f.done() for f in sampled.judged) and sampled.keys[1] == (1, "p0", 1)
+    judge.first.set()
+    assert [r.key for r in collector.judged(sampled)] == sampled.keys
 
 
 @pytest.mark.parametrize("seed_per_rollout", [False, True])
