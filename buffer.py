@@ -43,12 +43,9 @@ class Rollout:
     finish_reason: str  # "stop" (stop text or end-of-sequence token) or "length" (cut at the limit)
     answer: str | None  # text before the block, None if malformed
     self_scores: tuple[int, ...] | None  # None if malformed
-    score_positions: (
-        tuple[int, ...] | None
-    )  # in response_ids; None if malformed or a digit shares its token
-    judge_scores: (
-        tuple[int, ...] | None
-    )  # None if malformed: such a response is never sent to the judge
+    # In response_ids; None if malformed or a digit shares its token.
+    score_positions: tuple[int, ...] | None
+    judge_scores: tuple[int, ...] | None  # None if malformed: such a response is never judged
     judge_model: str | None
     reward: float
     quality: float | None

@@ -175,9 +175,8 @@ def _helpsteer2(where: str, row: dict) -> Prompt:
                 f"{where}: label {attribute} must be an integer 0-4 (HelpSteer2's scale); found "
                 f"{label!r}"
             )
-    doubled = tuple(
-        2 * label for label in labels
-    )  # App. B.2: "doubling the original 0-4 human annotations"
+    # App. B.2: "doubling the original 0-4 human annotations"
+    doubled = tuple(2 * label for label in labels)
     return Prompt(_hash(conversation), conversation, (Reference(response, doubled),))
 
 

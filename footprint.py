@@ -29,6 +29,7 @@ def training(config, m: Size, ranks: int) -> dict[str, float]:
         # The root's stay whole from forward to backward; of the layers two at a time.
         "gathered weights and gradients": (2 * compute + 4) * (root + 2 * m.per_layer),
         "activations": activations_per_token(p, m) * tokens,
+        "attention masks": masks_per_token(config, m) * tokens,
         "head": head(p, m, tokens),
     }
 
@@ -37,6 +38,12 @@ def activations_per_token(p: PolicyConfig, m: Size) -> float:
     """Kept for backward, or one layer's and the input of each where they are recomputed."""
     layers_kept = 1 if p.gradient_checkpointing else m.layers
     return itemsize(p.dtype) * (m.layers * m.hidden + layers_kept * m.activations)
+
+
+def masks_per_token(config, m: Size) -> float:
+    """Of a pack (packing.attention_calls), at most: each token may see a whole row."""
+    p: PolicyConfig = config.policy
+    return p.shared_prefix * itemsize(p.dtype) * m.heads_per_key * longest_row(config)
 
 
 def head(p: PolicyConfig, m: Size, tokens: int) -> float:
@@ -49,8 +56,10 @@ def head(p: PolicyConfig, m: Size, tokens: int) -> float:
 
 def tokens_that_fit(config, m: Size, ranks: int, free: float) -> int:
     """The largest micro-batch, in tokens, where `free` bytes are left for training."""
-    fixed = sum(v for k, v in training(config, m, ranks).items() if k != "activations")
-    return max(0, math.floor((free - fixed) / activations_per_token(config.policy, m)))
+    parts = training(config, m, ranks)
+    fixed = sum(v for k, v in parts.items() if k not in ("activations", "attention masks"))
+    per_token = activations_per_token(config.policy, m) + masks_per_token(config, m)
+    return max(0, math.floor((free - fixed) / per_token))
 
 
 def engine(config, m: Size, per_rank: float, cuda: bool) -> float:

@@ -38,11 +38,8 @@ import parallel
 from files import fresh_folder
 from packing import Batch, attention_calls
 
-MODEL_TYPES = (
-    "llama",
-    "qwen2",
-    "qwen3",
-)  # dense, logits = head(norm(hidden)) without scaling: what we tested
+# Dense, logits = head(norm(hidden)) without scaling: what we tested.
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,7 @@ class Scored(NamedTuple):
     """Per token of a micro-batch's grid (see packing.Batch), 0 where not scored."""
 
     logp: torch.Tensor  # (B, T) log-probability of the token at the given temperature
-    entropy: (
-        torch.Tensor
-    )  # (B, T) entropy in nats of the distribution the token was drawn from, same temperature
+    entropy: torch.Tensor  # (B, T) in nats, of the distribution it was drawn from, same temperature
     logp_t1: torch.Tensor  # (B, T) log-probability at temperature 1, without gradient
 
 
@@ -122,9 +117,7 @@ class HeadLogProbs(torch.autograd.Function):
         d_weight = None  # (V, D)
         for at in range(0, len(targets), ctx.chunk):
             here = hidden[at : at + ctx.chunk]  # (n, D)
-            logits = F.linear(
-                here, weight
-            )  # (n, V); becomes the gradient of itself, block by block
+            logits = F.linear(here, weight)  # (n, V); each block becomes its own gradient
             parts = per_token[:, at : at + ctx.chunk].split(HeadLogProbs.BLOCK, 1)
             y = targets[at : at + ctx.chunk].split(HeadLogProbs.BLOCK)
             for block, t, part in zip(logits.split(HeadLogProbs.BLOCK), y, parts, strict=True):
@@ -226,6 +219,7 @@ class Size(NamedTuple):
     vocabulary: int
     activations: int  # kept for backward by one layer, numbers per token
     kv_per_token: int  # keys and values of one token, all layers
+    heads_per_key: int
     tied: bool
 
 
@@ -249,6 +243,7 @@ def model_size(folder: str | Path) -> Size:
         activations=linear + 6 * config.hidden_size,
         kv_per_token=config.num_hidden_layers
         * (layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features),
+        heads_per_key=config.num_attention_heads // config.num_key_value_heads,
         tied=config.tie_word_embeddings,
     )
 

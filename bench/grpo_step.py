@@ -60,7 +60,9 @@ class See:
         self.group.__enter__()
         self.grpo, self.parallel, self.rollouts = grpo, parallel, rollouts
         self.config = policy.PolicyConfig(
-            dtype=options["dtype"], gradient_checkpointing=options["checkpointing"]
+            dtype=options["dtype"],
+            gradient_checkpointing=options["checkpointing"],
+            shared_prefix=not options["plain"],
         )
         self.policy = policy.load_policy(model, self.config)
         self.reference = policy.load_policy(model, self.config, trainable=False)
@@ -186,6 +188,8 @@ def main() -> None:
                         help="responses in a micro-batch of TRL's")  # fmt: skip
     parser.add_argument("--checkpointing", action="store_true",
                         help="recompute activations on our side too, as TRL does")  # fmt: skip
+    parser.add_argument("--plain", action="store_true",
+                        help="our side without the shared prefix")  # fmt: skip
     args = parser.parse_args()
     if args.rollouts:
         works = {args.rollouts: from_file(args.rollouts)}
@@ -194,7 +198,7 @@ def main() -> None:
             f"{n:,} prompt tokens": drawn(n, args.responses, args.response_tokens)
             for n in args.prompt_tokens
         }
-    options = {k: getattr(args, k) for k in ("dtype", "checkpointing", "trl_rows")}
+    options = {k: getattr(args, k) for k in ("dtype", "checkpointing", "plain", "trl_rows")}
     for name, rollouts in works.items():
         lengths = [len(r.response_ids) for r in rollouts]
         shape = f"{len(rollouts[0].prompt_ids):,} + {len(rollouts)} x {min(lengths)}-{max(lengths)}"

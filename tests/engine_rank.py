@@ -96,13 +96,14 @@ def main(folder: str, out: str) -> None:
             said["drawn"] = [s.response_ids[0] for s in sampler.sample(many, params)]
         with torch.no_grad():  # every rank: a forward is a collective
             parallel.copy_shards(policy, scoring)
-            row = torch.tensor([tokenizer.encode(TEXTS[0])])
-            every = row.repeat(len(tokenizer), 1)
-            every = torch.cat([every, torch.arange(len(tokenizer))[:, None]], dim=1)  # (V, T + 1)
-            scored = torch.zeros(every.shape, dtype=torch.bool)
-            scored[:, -1] = True
-            positions = torch.arange(every.shape[1]).expand_as(every)
-            said["logp"] = scoring(every, positions, scored).logp_t1[:, -1].tolist()  # (V,)
+            prompt = tokenizer.encode(TEXTS[0])
+            mask = [*[False] * len(prompt), True]
+            rows = [Row([*prompt, v], mask) for v in range(len(tokenizer))]
+            found = []
+            for batch in share_out(rows, [0] * len(rows), 4096).batches:
+                values = scoring(batch).logp_t1[batch.mask].tolist()
+                found += zip(batch.index, values, strict=True)
+            said["logp"] = [value for _, value in sorted(parallel.gather(found))]  # (V,)
 
         # Steps of training: the engine follows, in place, several times.
         for step in range(1, 4):

@@ -186,7 +186,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     lines = [[m for m in read_metrics(d / "runs" / "tiny") if m["phase"] in ("rl", "sft")]
              for d in (whole, killed)]  # fmt: skip
     for a, b in zip(*lines, strict=True):
-        own = {"seconds": 0, "judge": 0}  # what a start has spent
+        own = {"seconds": 0, "hand_over_s_per_gb": 0, "judge": 0}  # what a start has spent
         assert {**a, **own} == {**b, **own}, f"seed {seed}"
 
 
@@ -251,7 +251,8 @@ def test_the_baseline_with_resume_in_between(tmp_path, parrot_folder, prompt_fil
     assert "going on from" in said
 
     steps = [read_metrics(d / "runs" / "tiny") for d in (whole, killed)]
-    steps = [[{**m, "seconds": 0} for m in lines if m["phase"] == "rl"] for lines in steps]
+    spent = {"seconds": 0, "hand_over_s_per_gb": 0}
+    steps = [[{**m, **spent} for m in lines if m["phase"] == "rl"] for lines in steps]
     assert steps[0] == steps[1], f"killed {wait:.2f} s after the state"
     assert [m["step"] for m in steps[0]] == list(range(1, 13))
     assert steps[0][-1]["sample_passes"] == 24

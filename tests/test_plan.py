@@ -188,6 +188,8 @@ def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
         "KL reference": 2 * p / 2,
         "gathered weights and gradients": 8 * (p - 2 * layer + 2 * layer),
         "activations": 2 * 2000 * (2 * 64 + kept),  # recomputed: one layer's and each one's input
+        # Two heads share their keys; rows have up to 700 + 120 tokens.
+        "attention masks": 2 * 2 * 2000 * (700 + 120),
         # bf16 logits of 100 tokens, fp32 of 32 three times, and the gradient added up in fp32.
         "head": 2 * 100 * v + 3 * 4 * 32 * v + 4 * v * 64,
         "sampler": 2 * p,
