@@ -4,10 +4,11 @@
     python bench/grpo_step.py --model DIR --rollouts runs/NAME/rollouts/cycle_01.jsonl
 
 One prompt with eight responses; the same model, loss, KL, clip, entropy bonus and optimiser on
-both sides: AdamW with fp32 parameters, bf16 compute. Ours is grpo.rl_step under FSDP2 in a group of
-one; TRL's is GRPOTrainer's own loss (`_compute_loss`, with its chunked head and its default of
-recomputing activations) in the order of its training step. Without --rollouts the tokens are drawn
-at random: time does not depend on them. Seconds are medians of steps taken in turn.
+both sides: AdamW with fp32 parameters, bf16 compute, activations recomputed in backward, which is
+the default of both. Ours is grpo.rl_step under FSDP2 in a group of one; TRL's is GRPOTrainer's own
+loss (`_compute_loss`, with its chunked head) in the order of its training step. Without --rollouts
+the tokens are drawn at random: time does not depend on them. Seconds are medians of steps taken in
+turn.
 """
 
 import argparse
@@ -106,6 +107,7 @@ class TRL:
             output_dir=tempfile.mkdtemp(),
             use_cpu=not torch.cuda.is_available(),
             bf16=options["dtype"] != "float32",
+            gradient_checkpointing=options["checkpointing"],
             beta=0.01,
             loss_type="grpo",
             use_bias_correction_kl=False,
@@ -186,8 +188,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--trl_rows", type=int, default=4,
                         help="responses in a micro-batch of TRL's")  # fmt: skip
-    parser.add_argument("--checkpointing", action="store_true",
-                        help="recompute activations on our side too, as TRL does")  # fmt: skip
+    parser.add_argument("--no_checkpointing", dest="checkpointing", action="store_false",
+                        help="keep activations, on both sides")  # fmt: skip
     parser.add_argument("--plain", action="store_true",
                         help="our side without the shared prefix")  # fmt: skip
     args = parser.parse_args()
