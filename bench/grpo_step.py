@@ -9,6 +9,9 @@ the default of both. Ours is grpo.rl_step under FSDP2 in a group of one; TRL's i
 loss (`_compute_loss`, with its chunked head) in the order of its training step. Without --rollouts
 the tokens are drawn at random: time does not depend on them. Seconds are medians of steps taken in
 turn.
+
+TRL's entropy bonus is a mean over the tokens of a micro-batch, ours a mean over responses: the same
+where responses are of one length, or with --trl_rows 1.
 """
 
 import argparse
