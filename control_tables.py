@@ -343,17 +343,20 @@ def untrained(t: Tables, digits: str) -> Table:
 
     def low_quality(b: str, m: str, of: Callable) -> str:
         """Of the responses whose digits were read."""
-        stated = {}
+        stated = {}  # of a cell: (N, 2) stated probability, and whether it was so; NaN: not read
         for c in (e[b, m] for e in t.evaluations):
             logp, j, _ = arrays(c)
             read = readings(c)
-            keys = [k for k in c.keys if k in read]
-            below = zip(controls.probability_below(logp, LOW), qualities(j) < LOW, strict=True)
-            stated[id(c)] = dict(zip(keys, below, strict=True))
+            known = np.array([k in read for k in c.keys], bool)
+            stated[id(c)] = np.full((len(known), 2), np.nan)
+            stated[id(c)][known] = np.stack(
+                [controls.probability_below(logp, LOW), qualities(j) < LOW], 1
+            )
 
         def value(c: Cell, index: np.ndarray, _: Sequence) -> float | None:
-            found = [stated[id(c)][c.keys[i]] for i in index if c.keys[i] in stated[id(c)]]
-            return of(*zip(*found, strict=True)) if found else None
+            found = stated[id(c)][index]
+            found = found[~np.isnan(found[:, 0])]
+            return of(found[:, 0], found[:, 1] > 0) if len(found) else None
 
         return show(t.statistic(b, m, value))
 

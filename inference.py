@@ -94,7 +94,7 @@ def paired(
         return Difference(interval, 1.0)
     test = permutation_test(
         (apart, np.zeros_like(apart)), lambda a, b, axis: (a - b).mean(axis), vectorized=True,
-        permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(seed),
+        permutation_type="samples", n_resamples=9999, batch=500, rng=np.random.default_rng(seed),
     )  # fmt: skip
     return Difference(interval, float(test.pvalue))
 
