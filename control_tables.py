@@ -11,21 +11,16 @@ import inference
 import metrics
 from controls import calibrations, qualities
 from inference import Difference, Interval
-from prompts import ATTRIBUTES, EXAMPLES, FEW_SHOT, Scores
+from prompts import Scores
 from results import Cell, Evaluation, Key
-from tables import Table, Tables, Values, over, own_digits, show
+from tables import Statistic, Table, Tables, Values, over, show
 
-SHARE = 0.25  # of the prompts, in escalation
 FIGURES = {"calibration": lambda c: c.calibration, "quality": lambda c: qualities(c.j)}
-LOW = 0.5  # AUROC and calibration error: does the model foretell a quality below this?
 
 
 def all_tables(t: Tables) -> list[Table]:
     """Those for which there are results."""
-    found = [
-        primary(t), predictors(t), swap(t), discrimination(t), formats(t), untrained(t, "own"),
-        untrained(t, "judge"), errors(t), sensitivity(t), uses(t),
-    ]  # fmt: skip
+    found = [primary(t), predictors(t), swap(t), discrimination(t), formats(t)]
     return [table for table in found if table.rows]
 
 
@@ -135,24 +130,22 @@ def predictors(t: Tables) -> Table:
         return np.array([controls.digits(np.mean(x, axis=0)) if x else nothing for x in found])
 
     def row(b: str, m: str) -> list[str]:
-        own = mean(b, m, lambda e, c: c.s)
-        fixed = mean(b, m, window_constant)
-        top = ceiling(t, b, m)
-        reached = None
-        if None not in (own.mean, fixed.mean, top):
-            reached = controls.skill(own.mean, fixed.mean, top)
         return [
-            b, m, show(own), show(fixed),
+            b, m, show(mean(b, m, lambda e, c: c.s)), show(mean(b, m, window_constant)),
             show(mean(b, m, lambda e, c: metrics.best_constant(c.j.tolist(), c.gamma) if c.valid
                       else None)),
-            show(shuffled(t, b, m, within=False)), show(shuffled(t, b, m, within=True)),
+            show(t.statistic(b, m, lambda e: (
+                lambda chosen, _: e[b, m].shuffled.across(chosen),
+                range(len(e[b, m].shuffled.sums)),
+            ))),
+            show(t.ratio(b, m, lambda c: (np.diag(c.shuffled.sums), np.diag(c.shuffled.counts)))),
             show(mean(b, m, recalibrated(controls.offset))),
             show(mean(b, m, recalibrated(controls.isotonic))),
             show(mean(b, m, surface)),
             show(mean(b, m, lambda e, c: controls.other_samples(c.j, c.prompts) if c.valid
                       else None)),
             show(mean(b, m, references)),
-            show(top), show(reached),
+            show(t.mean(b, m, ceiling)), show(t.statistic(b, m, lambda e: skill(e, e[b, m]))),
         ]  # fmt: skip
 
     return Table(
@@ -171,22 +164,29 @@ def predictors(t: Tables) -> Table:
     )  # fmt: skip
 
 
-def shuffled(t: Tables, b: str, m: str, within: bool) -> Interval:
-    found = [controls.shuffled(c.s, c.j, c.prompts, within, c.gamma)
-             for c in (e[b, m] for e in t.evaluations)]  # fmt: skip
-    return inference.over_seeds([x for x in found if x is not None])
+def ceiling(c: Cell) -> Values:
+    """Calibration of the judge's repeats against each other (metrics.foretold)."""
+    found = [(x, k[0]) for k, d in c.draws.items() if len(d) > 1
+             for x in metrics.foretold(d, c.gamma)]  # fmt: skip
+    return [x for x, _ in found], [prompt for _, prompt in found]
 
 
-def ceiling(t: Tables, b: str, m: str) -> float | None:
-    """Calibration of the judge's repeats against each other (metrics.ceiling), mean over
-    evaluations."""
-    found = []
-    for c in (e[b, m] for e in t.evaluations):
-        repeated = {k: d for k, d in c.draws.items() if len(d) > 1}
-        if repeated:
-            table = metrics.ceiling([k[0] for k in repeated], list(repeated.values()), c.gamma)
-            found.append(table["median of the others"].mean)
-    return float(np.mean(found)) if found else None
+def skill(e: Evaluation, c: Cell) -> tuple[Statistic, Sequence]:
+    constant = window_constant(e, c)
+    if constant is None:
+        return lambda *_: None, c.prompts
+    fixed = calibrations(np.array(constant), c.j, c.gamma)
+    repeats = [metrics.foretold(d, c.gamma) if len(d) > 1 else []
+               for d in (c.draws.get(k, []) for k in c.keys)]  # fmt: skip
+    tops, counts = np.array([(sum(x), len(x)) for x in repeats]).reshape(-1, 2).T
+
+    def value(index: np.ndarray, _: Sequence) -> float | None:
+        if not (count := counts[index].sum()):
+            return None
+        own, top = c.calibration[index].mean(), tops[index].sum() / count
+        return controls.skill(own, fixed[index].mean(), top)
+
+    return value, c.prompts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,41 +225,25 @@ def discrimination(t: Tables) -> Table:
     def within(c: Cell) -> list[controls.Ordering]:
         return controls.within_prompts(qualities(c.s), qualities(c.j), c.prompts)
 
+    def taus(c: Cell) -> Values:
+        known = [o.tau for o in within(c) if o.tau is not None]
+        return known, list(map(str, range(len(known))))
+
+    def between(e: Evaluation, b: str, m: str, name: str) -> tuple[Statistic, Sequence]:
+        """Of the prompts' means."""
+        c = e[b, m]
+        own, judge = (controls.prompt_means(qualities(x), c.prompts) for x in (c.s, c.j))
+        return lambda i, _: getattr(controls.ordering(own[i], judge[i]), name), range(len(own))
+
     def row(b: str, m: str) -> list[str]:
-        found = [within(e[b, m]) for e in t.evaluations]
-        if len(found) == 1:
-            accuracy = inference.ratio([o.right for o in found[0]], [o.pairs for o in found[0]])
-            known = [o.tau for o in found[0] if o.tau is not None]
-            tau = inference.over_prompts(known, list(map(str, range(len(known)))))
-        else:
-            sums = [(sum(o.right for o in f), sum(o.pairs for o in f)) for f in found]
-            accuracy = inference.over_seeds([right / pairs for right, pairs in sums if pairs])
-            taus = [[o.tau for o in f if o.tau is not None] for f in found]
-            tau = inference.over_seeds([float(np.mean(x)) for x in taus if x])
-
-        pairs = f"{sum(o.pairs for f in found for o in f):,}"
-        return [b, m, pairs, show(accuracy), show(tau), *map(show, between(b, m))]
-
-    def between(b: str, m: str) -> list[Interval]:
-        """Of the prompts' means: accuracy and tau."""
-        means = [
-            [controls.prompt_means(q, c.prompts) for q in (qualities(c.s), qualities(c.j))]
-            for c in (e[b, m] for e in t.evaluations)
-        ]
-
-        def figure(name: str, own: np.ndarray, judge: np.ndarray) -> float | None:
-            return getattr(controls.ordering(own, judge), name)
-
-        if len(means) > 1:
-            found = ([figure(name, *x) for x in means] for name in ("accuracy", "tau"))
-            return [inference.over_seeds([x for x in f if x is not None]) for f in found]
-        [(own, judge)] = means
-        return [
-            inference.of_statistic(
-                lambda i, _, name=name: figure(name, own[i], judge[i]), range(len(own))
-            )
-            for name in ("accuracy", "tau")
-        ]
+        accuracy = t.ratio(
+            b, m, lambda c: ([o.right for o in within(c)], [o.pairs for o in within(c)])
+        )
+        pairs = sum(o.pairs for e in t.evaluations for o in within(e[b, m]))
+        figures = [accuracy, t.mean(b, m, taus)]
+        figures += [t.statistic(b, m, partial(between, b=b, m=m, name=name))
+                    for name in ("accuracy", "tau")]  # fmt: skip
+        return [b, m, f"{pairs:,}", *map(show, figures)]
 
     return Table(
         "Telling answers apart, by quality",
@@ -315,177 +299,3 @@ def formats(t: Tables) -> Table:
          "forced block", "units"],
         [row(b, m) for b, m in t.each()],
     )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------
-# What nothing was trained on
-
-
-def untrained(t: Tables, digits: str) -> Table:
-    """`digits`: "own" or "judge", whose digits stand before each position."""
-
-    def readings(c: Cell) -> dict[Key, list]:
-        return {(r.prompt_id, r.sample): x[digits] for r, x in own_digits(c) if x[digits]}
-
-    def arrays(c: Cell) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """(logp (n, 5, 10), judge's scores (n, 5), prompts)."""
-        read = readings(c)
-        at = [i for i, k in enumerate(c.keys) if k in read]
-        logp = np.array([read[c.keys[i]] for i in at]).reshape(-1, 5, 10)
-        return logp, c.j[at], [c.prompts[i] for i in at]
-
-    def mean(b: str, m: str, of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> str:
-        def values(c: Cell) -> Values:
-            logp, j, prompts = arrays(c)
-            return of(logp, j).mean(1), prompts
-
-        return show(t.mean(b, m, values))
-
-    def low_quality(b: str, m: str, of: Callable) -> str:
-        """Of the responses whose digits were read."""
-        stated = {}  # of a cell: (N, 2) stated probability, and whether it was so; NaN: not read
-        for c in (e[b, m] for e in t.evaluations):
-            logp, j, _ = arrays(c)
-            read = readings(c)
-            known = np.array([k in read for k in c.keys], bool)
-            stated[id(c)] = np.full((len(known), 2), np.nan)
-            stated[id(c)][known] = np.stack(
-                [controls.probability_below(logp, LOW), qualities(j) < LOW], 1
-            )
-
-        def value(c: Cell, index: np.ndarray, _: Sequence) -> float | None:
-            found = stated[id(c)][index]
-            found = found[~np.isnan(found[:, 0])]
-            return of(found[:, 0], found[:, 1] > 0) if len(found) else None
-
-        return show(t.statistic(b, m, value))
-
-    def expected(logp: np.ndarray, j: np.ndarray) -> np.ndarray:
-        return np.abs(controls.expected_scores(logp) - j)
-
-    return Table(
-        f"Ten-digit distributions, after the {'model' if digits == 'own' else 'judge'}'s digits",
-        "Negative log-likelihood of the judge's digit (nats) and ranked probability score, both "
-        f"per position, lower is better; whether a quality below {LOW} is foretold: area under the "
-        "ROC curve and expected calibration error; mean absolute error of the expected score."
-        + " A position knows the judge's scores before it, which tell of its own."
-        * (digits == "judge"),
-        ["benchmark", "model", "NLL", "RPS", "AUROC", "ECE", "MAE of the expected score"],
-        [
-            [b, m, mean(b, m, controls.negative_log_likelihood),
-             mean(b, m, controls.ranked_probability_score), low_quality(b, m, controls.auroc),
-             low_quality(b, m, controls.expected_calibration_error), mean(b, m, expected)]
-            for b, m in t.each() if own_digits(t.first[b, m])
-        ],
-    )  # fmt: skip
-
-
-def errors(t: Tables) -> Table:
-    """Where the error comes from, by attribute."""
-
-    def row(b: str, m: str, a: int) -> list[str]:
-        cells = [c for c in (e[b, m] for e in t.evaluations) if c.valid]
-        split = [controls.error_split(c.s, c.j)[a] for c in cells]
-        parts = [show(inference.over_seeds([getattr(x, part) for x in split]))
-                 for part in ("bias", "spread", "rest")]  # fmt: skip
-        kappa = t.statistic(
-            b, m, lambda c, i, _: controls.kappa(c.s[i, a : a + 1], c.j[i, a : a + 1])[0]
-        )
-        return [b, m, ATTRIBUTES[a], *parts, show(kappa)]
-
-    return Table(
-        "Parts of the squared error, and quadratic kappa",
-        "Bias: squared difference of the means. Spread: squared difference of the standard "
-        "deviations. Rest: scores in the wrong order. The three add up to the mean squared error.",
-        ["benchmark", "model", "attribute", "bias", "spread", "rest", "kappa"],
-        [row(b, m, a) for b, m in t.each() if t.first[b, m].valid for a in range(5)],
-    )
-
-
-def sensitivity(t: Tables) -> Table:
-    """What another answer, or half of one, does to the scores."""
-    at = ATTRIBUTES.index("correctness")
-
-    def change(b: str, m: str, kind: str) -> str:
-        def values(c: Cell) -> Values:
-            lines = [x for x in c.sensitivity if x["as_it_is"] and x[kind]]
-            return [x[kind][at] - x["as_it_is"][at] for x in lines], [x["prompt_id"] for x in lines]
-
-        return show(t.mean(b, m, values))
-
-    def copied(b: str, m: str) -> str:
-        found = []
-        for c in (e[b, m] for e in t.evaluations):
-            shown = FEW_SHOT[c.config["few_shot"]][: EXAMPLES[c.config["template"]]]
-            found.append(controls.copied(c.s.tolist(), [x.scores for x in shown]))
-        return show(inference.over_seeds([x for x in found if x is not None]))
-
-    return Table(
-        "Does the score depend on the answer?",
-        "Change of the model's correctness score when its answer is exchanged for another "
-        "prompt's, and when its second half is cut off; both should be negative. Copied: share of "
-        "score vectors that stand in a few-shot example.",
-        ["benchmark", "model", "another prompt's answer", "half of the answer", "copied"],
-        [
-            [b, m, change(b, m, "another"), change(b, m, "cut"), copied(b, m)]
-            for b, m in t.each()
-            if t.first[b, m].sensitivity
-        ],
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# What the scores are good for
-
-
-def uses(t: Tables) -> Table:
-    """Sec. 5 names these; each against chance and against knowing the judge."""
-
-    def one(b: str, m: str, of: Callable[..., controls.Use | None]) -> list[str]:
-        def value(c: Cell, index: np.ndarray, units: Sequence, part: str) -> float | None:
-            found = of(c, index, units)
-            return found and getattr(found, part)
-
-        return [show(t.statistic(b, m, partial(value, part=part))) for part in controls.Use._fields]
-
-    def best(b: str, m: str) -> list[str]:
-        def values(c: Cell, part: str) -> Values:
-            found = controls.best_of_n(qualities(c.s), qualities(c.j), c.prompts)
-            return [getattr(x, part) for x in found], list(map(str, range(len(found))))
-
-        return [show(t.mean(b, m, partial(values, part=part))) for part in controls.Use._fields]
-
-    def selective(c: Cell, index: np.ndarray, units: Sequence) -> controls.Use:
-        return controls.selective_answering(qualities(c.s)[index], qualities(c.j)[index])
-
-    def escalated(c: Cell, index: np.ndarray, units: Sequence) -> controls.Use | None:
-        """On the answers that the stronger model answered well-formed too."""
-        [e] = [e for e in t.evaluations if e[c.benchmark, c.model] is c]
-        strong = e[c.benchmark, t.stronger]
-        theirs = dict(zip(strong.keys, qualities(strong.j), strict=True))
-        at = [i for i in index if c.keys[i] in theirs]
-        if not at:
-            return None
-        stronger = [theirs[c.keys[i]] for i in at]
-        return controls.escalation(qualities(c.s)[at], qualities(c.j)[at], stronger, SHARE)
-
-    rows = []
-    for b, m in t.each():
-        if not t.first[b, m].valid:
-            continue
-        n = t.first[b, m].config["samples"]
-        if n > 1:
-            rows.append([b, m, f"best of {n}: quality", *best(b, m)])
-        rows.append([b, m, "selective answering: area under risk-coverage", *one(b, m, selective)])
-        if t.stronger and m != t.stronger:
-            use = f"{SHARE:.0%} escalated to {t.stronger}: quality"
-            rows.append([b, m, use, *one(b, m, escalated)])
-    return Table(
-        "Uses",
-        "Best of n: the judge's quality of the answer that the model rates best, higher is better. "
-        "Selective answering: mean of 1 - quality over coverage, the best rated answered first; "
-        "lower is better. Escalation: mean quality when the lowest rated answers are exchanged for "
-        "a stronger model's.",
-        ["benchmark", "model", "use", "by self-evaluation", "random", "oracle"],
-        rows,
-    )

@@ -104,20 +104,34 @@ def other_samples(j: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     return found
 
 
+class Shuffled(NamedTuple):
+    """Calibration of each response's scores against the judge's of other responses, summed over the
+    responses of two prompts: row p has the scores of prompt p, column q the judge's of q."""
+
+    sums: np.ndarray  # (P, P)
+    counts: np.ndarray  # (P, P) pairs of responses
+
+    def across(self, chosen: np.ndarray) -> float | None:
+        """Mean over pairs of different prompts, of a choice of prompts (one chosen twice counts
+        twice). None where there is none."""
+        weight = np.bincount(chosen, minlength=len(self.sums))
+        apart = 1 - np.eye(len(weight))
+        count = weight @ (self.counts * apart) @ weight
+        return float(weight @ (self.sums * apart) @ weight / count) if count else None
+
+
 def shuffled(
-    s: np.ndarray, j: np.ndarray, prompts: Sequence[str], within: bool, gamma: float = GAMMA
-) -> float | None:
-    """Mean calibration of each response's scores against the judge's of other responses: to the
-    same prompt (`within`), or to other prompts. None where there is none."""
+    s: np.ndarray, j: np.ndarray, prompts: Sequence[str], gamma: float = GAMMA
+) -> Shuffled:
+    """What the scores are worth to other responses; a response does not meet its own judgement."""
     s, j = np.asarray(s), np.asarray(j)
-    of = np.unique(prompts, return_inverse=True)[1]
-    total = count = 0.0
+    units, of, size = np.unique(prompts, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(units), len(units)))
     for i in range(len(s)):
-        others = of == of[i] if within else of != of[i]
-        others[i] = False
-        total += calibrations(s[i], j[others], gamma).sum()
-        count += others.sum()
-    return total / count if count else None
+        met = calibrations(s[i], j, gamma)
+        met[i] = 0
+        sums[of[i]] += np.bincount(of, met, len(units))
+    return Shuffled(sums, np.outer(size, size) - np.diag(size))
 
 
 def skill(calibration: float, constant: float, ceiling: float) -> float | None:
@@ -253,10 +267,10 @@ def error_split(s: np.ndarray, j: np.ndarray) -> list[ErrorSplit]:
     return found
 
 
-def copied(self_scores: Sequence[tuple], examples: Sequence[tuple]) -> float | None:
-    """Share of score vectors that stand in a few-shot example as they are."""
+def copied(self_scores: Sequence[tuple], examples: Sequence[tuple]) -> list[float]:
+    """1 for each score vector that stands in a few-shot example as it is, else 0."""
     shown = set(map(tuple, examples))
-    return sum(tuple(s) in shown for s in self_scores) / len(self_scores) if self_scores else None
+    return [float(tuple(s) in shown) for s in self_scores]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -77,6 +77,32 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return list(found.values())
 
 
+def load_answers(path: str | Path, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Another model's answers to some of these prompts, by prompt id. A row has the answer
+    (`answer`, or AlpacaEval's `output`) and either the prompt's id (id, uid, session_id) or its
+    text (prompt, instruction). Raises DataError."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give answers as JSON lines or one JSON list")
+    ids = {p.id for p in prompts}
+    by_text = {p.conversation[0]["content"]: p.id for p in prompts if len(p.conversation) == 1}
+    found = {}
+    for where, row in _rows(path):
+        answer = row.get("answer", row.get("output"))
+        if not isinstance(answer, str):
+            raise DataError(f"{where}: no text in a field answer or output")
+        given = next((str(row[f]) for f in ("id", "uid", "session_id") if f in row), None)
+        text = row.get("prompt", row.get("instruction"))
+        if (prompt := given if given in ids else by_text.get(text)) and answer.strip():
+            found[prompt] = answer.strip()
+    if not found:
+        raise DataError(
+            f"{path}: no row answers one of the {len(prompts)} prompts; rows need a prompt's id or "
+            "its text in a field prompt or instruction"
+        )
+    return found
+
+
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     """("file:line", row) for each row."""
     if path.suffix == ".parquet":

@@ -11,11 +11,13 @@ said otherwise:
     digits       what each model would write at the score positions of each model's answers: top-5,
                  the answer x scorer swap, the forced block; no judge call
     sensitivity  the same with another prompt's answer, and with the second half cut off; likewise
-    judges       malformed answers, repeats and held-out judges (rank 0)
+    judges       malformed answers, repeats, a stronger model's answers from a file, and held-out
+                 judges (rank 0)
     preferences  the pairwise referee against the base (Sec. 4.1; rank 0)
 
 `results/NAME/BENCHMARK/MODEL/` holds each cell's configuration, rollouts with their judgements,
 `digits_SCORER.jsonl`, `sensitivity.jsonl`, `scores_JUDGE.jsonl` and `preferences.jsonl`;
+`results/NAME/BENCHMARK/stronger.jsonl` the judgements of a stronger model's answers;
 `results/NAME/models.json` the models in the order in which they were first asked for. A cell is
 done once: another choice of models or benchmarks under the same name adds cells.
 """
@@ -39,7 +41,7 @@ import buffer
 import parallel
 from buffer import Rollout
 from client import Background, JudgeError
-from data import Prompt, load_prompts, near_duplicates
+from data import Prompt, load_answers, load_prompts, near_duplicates
 from digits import Question, Reader, Reading
 from endpoint import ClientConfig, Endpoint
 from files import append_line, write_text
@@ -53,7 +55,7 @@ from prompts import EXAMPLES, FEW_SHOT, OPEN
 from reward import RewardConfig
 from rollout import Collector, Inputs, read_inputs
 from sampler import EngineConfig, SamplingParams, choose, make_sampler
-from sources import MODELS, rollouts_of, scores_file
+from sources import MODELS, STRONGER, rollouts_of, scores_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,9 @@ class EvalConfig(Settings):
     of each cell; 0 or 1: none."""
     repeat_answers: int = 100
     """Answers of each cell that are judged repeatedly."""
+    stronger: tuple[str, ...] = ()
+    """BENCHMARK=FILE each: a stronger model's answers (see data.load_answers), judged once; the
+    report sends a share of the prompts to it (Sec. 5)."""
     stages: tuple[Literal[STAGES], ...] = STAGES
     """What is done, in this order."""
 
@@ -160,6 +165,22 @@ def cells(config: EvalConfig) -> dict[tuple[str, str], Cell]:
         for m, folder in models
         for b, file in benchmarks
     }
+
+
+def stronger_answers(
+    config: EvalConfig, table: dict[tuple[str, str], Cell], read: dict[tuple[str, str], Inputs]
+) -> dict[str, dict[str, str]]:
+    """--stronger's answers by benchmark and prompt id. Raises ValueError."""
+    found, base = {}, next(iter(table))[0]
+    for spec in config.stronger:
+        benchmark, equals, path = spec.partition("=")
+        if not equals or (base, benchmark) not in table:
+            raise ValueError(
+                f"--stronger {spec}: say BENCHMARK=FILE with one of the benchmarks "
+                f"{', '.join(b for m, b in table if m == base)}"
+            )
+        found[benchmark] = load_answers(path, read[base, benchmark].prompts)
+    return found
 
 
 MAY_CHANGE = {"sample_rows", "engine", "client"}
@@ -386,6 +407,19 @@ def judge_more(config: EvalConfig, cell: Cell, prompts: dict[str, Prompt]) -> No
         write_lines(cell.folder / scores_file(judged.judge), lines)
 
 
+def judge_stronger(base: Cell, prompts: dict[str, Prompt], answers: dict[str, str]) -> None:
+    """A stronger model's answers by the judge, once each. Raises JudgeError."""
+    judge = make_judge(base, base.folder / LEDGER)
+    asked = [
+        Answer(prompts[p], prompts[p].references if base.use_references else (), text, None, None)
+        for p, text in answers.items()
+    ]
+    found = judge_again(judge, asked, 1)
+    lines = [{"prompt_id": p, "version": "", "scores": scores}
+             for p, [scores] in zip(answers, found, strict=True)]  # fmt: skip
+    write_lines(base.folder.parent / STRONGER, lines)
+
+
 def prefer_over(base: Cell, cell: Cell, prompts: dict[str, Prompt]) -> None:
     """The referee's choice between the base's answers and this model's. Raises JudgeError."""
     theirs = {(r.prompt_id, r.sample): r for r in rollouts_of(base.folder) if r.answer is not None}
@@ -409,7 +443,12 @@ def keep_order(path: Path, models: Sequence[str]) -> None:
     write_text(path, json.dumps([*known, *(m for m in models if m not in known)]))
 
 
-def run(config: EvalConfig, table: dict[tuple[str, str], Cell], read: dict) -> None:
+def run(
+    config: EvalConfig,
+    table: dict[tuple[str, str], Cell],
+    read: dict[tuple[str, str], Inputs],
+    stronger: dict[str, dict[str, str]],
+) -> None:
     """All stages. Raises JudgeError."""
     models = list(dict.fromkeys(m for m, _ in table))
     of = {m: {b: cell for (n, b), cell in table.items() if n == m} for m in models}
@@ -441,6 +480,8 @@ def run(config: EvalConfig, table: dict[tuple[str, str], Cell], read: dict) -> N
                     prompts = {p.id: p for p in read[model, benchmark].prompts}
                     if "judges" in config.stages:
                         judge_more(config, cell, prompts)
+                        if model == models[0] and benchmark in stronger:
+                            judge_stronger(cell, prompts, stronger[benchmark])
                     if "preferences" in config.stages and model != models[0]:
                         prefer_over(table[models[0], benchmark], cell, prompts)
             except JudgeError as failure:
@@ -457,6 +498,7 @@ def main() -> None:
         config = dataclasses.replace(config, sampler=choose(config.sampler))
         table = cells(config)
         read = {key: prepare(cell) for key, cell in table.items()}
+        stronger = stronger_answers(config, table, read)
         for cell in table.values():
             for name in config.judges:
                 make_judge(held_out(cell, name), cell.folder / LEDGER)
@@ -464,7 +506,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
     with parallel.process_group():
         try:
-            run(config, table, read)
+            run(config, table, read, stronger)
         except JudgeError as error:
             raise SystemExit(f"error: {error}") from None
 

@@ -136,10 +136,10 @@ def top_k_accuracy(
 
 
 def constant_top_k(judge: Sequence[Scores], k: int = 5) -> float | None:
-    """The same for one ranking of the digits by attribute, taken from these judge scores."""
-    counts = [Counter(scores) for scores in zip(*judge, strict=True)]
-    ranking = [[float(count[digit]) for digit in range(10)] for count in counts]
-    return top_k_accuracy([ranking] * len(judge), judge, k)
+    """The same for one ranking of the digits by attribute, taken from these judge scores: its hits
+    are the k most frequent digits."""
+    hits = [n for scores in zip(*judge, strict=True) for _, n in Counter(scores).most_common(k)]
+    return sum(hits) / (len(judge) * len(ATTRIBUTES)) if judge else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,22 +175,31 @@ def self_agreement(
     )
 
 
+def foretold(draws: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -> list[float]:
+    """The calibration of one who knows the judge, but not its next score: of k >= 2 scores for one
+    answer each is held out once and foretold by the (lower) medians of the others."""
+    found = []
+    for k, held_out in enumerate(draws):
+        rest = [d for i, d in enumerate(draws) if i != k]
+        medians = [median_low(scores) for scores in zip(*rest, strict=True)]
+        found.append(reward.calibration(medians, held_out, gamma))
+    return found
+
+
 def ceiling(
     prompts: Sequence[str],
     draws: Sequence[Sequence[Scores]],
     gamma: float = reward.RewardConfig.gamma,
 ) -> dict[str, Estimate]:
-    """The calibration of one who knows the judge, but not its next score: of k >= 2 scores for an
-    answer each is held out once and foretold by the (lower) medians of the others. Beside it, what
-    another single score and the best constant reach."""
+    """`foretold` by the others' medians; beside it, what another single score and the best constant
+    reach."""
     ids, others, one, fixed = [], [], [], []
     constant = best_constant([d for row in draws for d in row], gamma)
     for prompt, row in zip(prompts, draws, strict=True):
+        others += foretold(row, gamma)
         for k, held_out in enumerate(row):
             rest = [d for i, d in enumerate(row) if i != k]
-            medians = [median_low(scores) for scores in zip(*rest, strict=True)]
             ids.append(prompt)
-            others.append(reward.calibration(medians, held_out, gamma))
             one.append(statistics.fmean(reward.calibration(d, held_out, gamma) for d in rest))
             fixed.append(reward.calibration(constant, held_out, gamma))
     return {

@@ -1,17 +1,22 @@
-"""Tables, figures and a page from what evaluate.py left on file (Sec. 4); no model and no judge is
-asked.
+"""Tables, figures and a page from what evaluate.py and cycle.py left on file (Sec. 4); no model and
+no judge is asked.
 
     python report.py results/paper --out report
     python report.py results/seed-0 results/seed-1 results/seed-2 --out report
+    python report.py results/paper --beside results/paper-greedy results/paper-varied
+    python report.py --runs runs/see
 
-Several folders are evaluations of runs with other seeds. Writes tables.txt, tables.md, figure2.png
-to figure4.png where there is something to draw, and report.html: one file that needs no network,
-with a browser over the answers (the first folder's).
+Several folders are evaluations of runs with other seeds; those given to --beside have other
+settings and get columns of their own. Writes tables.txt, tables.md, figure2.png to figure4.png and
+training.png where there is something to draw, and report.html: one file that needs no network, with
+a browser over the answers (the first folder's, and the runs').
 """
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -21,13 +26,15 @@ import sklearn
 import tyro
 
 import control_tables
+import further_tables
 import inference
 from controls import calibrations, qualities
 from files import write_text
+from ledger import read_lines
 from prompts import ATTRIBUTES
-from results import Cell, Evaluation, load
+from results import TRAINING, Cell, Evaluation, load, load_run
 from sources import metrics_until
-from tables import Table, Tables, over
+from tables import Table, Tables, over, settings
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -37,16 +44,20 @@ import matplotlib.pyplot as plt  # noqa: E402
 class Command:
     """Tables, figures and a page from result files."""
 
-    results: tyro.conf.Positional[tuple[Path, ...]]
+    results: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders results/NAME of evaluate.py; several: runs with other seeds."""
+    beside: tuple[Path, ...] = ()
+    """Folders results/NAME of evaluations under other settings, such as greedy decoding or other
+    few-shot examples."""
+    runs: tuple[Path, ...] = ()
+    """Folders runs/NAME of cycle.py, whose training and rollouts are shown."""
     out: Path = Path("report")
     """Folder for tables, figures and page."""
     models: tuple[str, ...] = ()
     """Which models, the base first; none: all."""
-    stronger: str = ""
-    """Model whose answers others are escalated to; it is one of the models."""
     show: int = 200
-    """Answers of each model to each benchmark on the page; 0: all."""
+    """Answers of each model to each benchmark on the page, and of each run, evenly from its cycles;
+    0: all."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,6 +94,29 @@ def figure_2(t: Tables, path: Path) -> bool:
             axis.set_xlabel("sample-passes")
             axis.set_ylabel(f"{name}, {b}")
     axes[0][0].legend()
+    return _save(fig, path)
+
+
+def training(runs: Sequence[Path], path: Path) -> bool:
+    """Means over each RL step of the runs' own rollouts; a line at the end of each cycle."""
+    names = ("quality", "calibration", "well_formed", "response_tokens")
+    found = {}
+    for run in runs:
+        lines = [x for _, _, x in read_lines(run / "metrics.jsonl")]
+        found[run.name] = [x for x in lines if x["phase"] == "rl"]
+    if not any(found.values()):
+        return False
+    fig, axes = plt.subplots(1, len(names), figsize=(15, 3.2), layout="constrained")
+    for name, axis in zip(names, axes, strict=True):
+        for run, lines in found.items():
+            known = [(x["sample_passes"], x[name]) for x in lines if x[name] is not None]
+            axis.plot(*zip(*known, strict=True), label=run)
+        ends = {x["cycle"]: x["sample_passes"] for x in next(iter(found.values()))}
+        for end in list(ends.values())[:-1]:
+            axis.axvline(end, color="gray", linewidth=0.4)
+        axis.set_xlabel("sample-passes")
+        axis.set_ylabel(name.replace("_", " "))
+    axes[0].legend()
     return _save(fig, path)
 
 
@@ -158,21 +192,30 @@ def _save(fig, path: Path) -> bool:
 # The page
 
 
-def answers(e: Evaluation, t: Tables, limit: int) -> list[dict]:
+def answers(cells: Sequence[Cell], limit: int) -> list[dict]:
     """What the page shows, biggest disagreements first within each cell; malformed ones last."""
     found = []
-    for b, m in t.each():
-        c = e[b, m]
-        own = [(_distance(r), r) for r in c.rollouts]
-        own.sort(key=lambda x: -x[0])
-        for distance, r in own[: limit or None]:
-            found.append({
-                "benchmark": b, "model": m, "rollout": r, "distance": distance,
-                "scores": list(zip(ATTRIBUTES, r.self_scores or [None] * 5,
-                                   r.judge_scores or [None] * 5, strict=True)),
-                "prompt": c.questions.get(r.prompt_id, r.prompt_id),
-            })  # fmt: skip
+    for c in cells:
+        trained = cycle_of(c)
+        cycles = {r.cycle for r in c.rollouts}
+        for cycle in sorted(cycles):
+            own = [r for r in c.rollouts if r.cycle == cycle]
+            own.sort(key=lambda r: -_distance(r))
+            for r in own[: max(1, limit // len(cycles)) if limit else None]:
+                found.append({
+                    "benchmark": c.benchmark, "model": c.model, "rollout": r,
+                    "cycle": trained if trained is not None else cycle, "distance": _distance(r),
+                    "scores": list(zip(ATTRIBUTES, r.self_scores or [None] * 5,
+                                       r.judge_scores or [None] * 5, strict=True)),
+                    "prompt": c.questions.get(r.prompt_id, r.prompt_id),
+                })  # fmt: skip
     return found
+
+
+def cycle_of(c: Cell) -> int | None:
+    """The cycle after which a model was exported, None for other models and for training itself."""
+    found = re.fullmatch(r"cycle_(\d+).*", Path(c.config["model"]).name)
+    return int(found[1]) if found and c.benchmark != TRAINING else None
 
 
 def _distance(r) -> float:
@@ -181,18 +224,20 @@ def _distance(r) -> float:
     return float(np.abs(np.subtract(r.self_scores, r.judge_scores)).sum())
 
 
-def page(t: Tables, tables: Sequence[Table], figures: dict[str, Path], limit: int) -> str:
+def page(
+    title: str, judge: str, tables: Sequence[Table], figures: dict[str, Path], shown: Sequence[dict]
+) -> str:
     """report.html. Text of models and prompts is escaped by the template."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
     )
     pictures = {
-        title: base64.b64encode(path.read_bytes()).decode() for title, path in figures.items()
+        name: base64.b64encode(path.read_bytes()).decode() for name, path in figures.items()
     }
+    choices = {key: list(dict.fromkeys(a[key] for a in shown)) for key in ("benchmark", "model")}
     return environment.get_template("report_page.html").render(
-        folders=[str(e.folder) for e in t.evaluations], judge=t.judge, tables=tables,
-        figures=pictures, answers=answers(t.first, t, limit), attributes=ATTRIBUTES,
-        benchmarks=t.benchmarks, models=t.models,
+        title=title, judge=judge, tables=tables, figures=pictures, answers=shown,
+        attributes=ATTRIBUTES, choices=choices,
     )  # fmt: skip
 
 
@@ -205,22 +250,37 @@ FIGURES = {
 
 def run(command: Command) -> str:
     """Write everything; the tables as text. Raises ValueError."""
-    if not command.results:
-        raise ValueError("no results are given, such as results/NAME of evaluate.py")
-    t = Tables([load(folder) for folder in command.results], command.models, command.stronger)
-    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # for speed
-        tables = [*t.all(), *control_tables.all_tables(t)]
+    if not (command.results or command.runs):
+        raise ValueError("no results are given, such as results/NAME of evaluate.py, nor --runs")
+    runs = [load_run(folder) for folder in command.runs]
+    cells, tables, judge, drawn = [*runs], [], "", []
+    if command.results:
+        t = Tables([load(folder) for folder in command.results], command.models)
+        others = by_settings([load(folder) for folder in command.beside])
+        with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # speed
+            tables = [*t.all(), *control_tables.all_tables(t)]
+            tables += further_tables.all_tables(t, others)
+        cells, judge = [*(t.first[key] for key in t.each()), *cells], t.judge
+        drawn = [(title, name, partial(draw, t)) for title, (name, draw) in FIGURES.items()]
+    drawn.append(("Training", "training.png", partial(training, command.runs)))
     command.out.mkdir(parents=True, exist_ok=True)
-    figures = {
-        title: command.out / name
-        for title, (name, draw) in FIGURES.items()
-        if draw(t, command.out / name)
-    }
+    figures = {title: command.out / name for title, name, draw in drawn if draw(command.out / name)}
     text = "\n\n\n".join(table.text() for table in tables) + "\n"
     write_text(command.out / "tables.txt", text)
     write_text(command.out / "tables.md", "\n\n".join(x.markdown() for x in tables) + "\n")
-    write_text(command.out / "report.html", page(t, tables, figures, command.show))
+    title = ", ".join(map(str, (*command.results, *command.runs)))
+    shown = answers(cells, command.show)
+    write_text(command.out / "report.html", page(title, judge, tables, figures, shown))
     return text
+
+
+def by_settings(evaluations: Sequence[Evaluation]) -> list[Tables]:
+    """Those of the same settings together, as runs with other seeds."""
+    groups: dict[str, list[Evaluation]] = {}
+    for e in evaluations:
+        key = repr(settings(next(iter(e.cells.values()))))
+        groups.setdefault(key, []).append(e)
+    return [Tables(group) for group in groups.values()]
 
 
 def main() -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from buffer import Rollout, read
-from controls import calibrations
+from controls import Shuffled, calibrations, shuffled
 from data import Prompt, load_prompts
 from hub import data_file
 from ledger import read_lines
 from prompts import Scores, transcript
-from sources import MODELS, rollouts_of, scores_file
+from sources import MODELS, STRONGER, rollouts_of, scores_file
 
 Key = tuple[str, int]  # prompt id, sample
+TRAINING = "training"  # stands for the benchmark where a run's own rollouts are shown
 
 
 @dataclass
@@ -78,6 +79,10 @@ class Cell:
         return calibrations(self.s, self.j, self.gamma)
 
     @cached_property
+    def shuffled(self) -> Shuffled:
+        return shuffled(self.s, self.j, self.prompts, self.gamma)
+
+    @cached_property
     def draws(self) -> dict[Key, list[tuple]]:
         """Repeated judgements of the judge, by answer; malformed answers have one."""
         found: dict[Key, list[tuple]] = {}
@@ -108,6 +113,7 @@ class Evaluation:
     folder: Path
     cells: dict[tuple[str, str], Cell]  # by (benchmark, model)
     window: Window | None
+    stronger: dict[str, dict[str, Scores]]  # the judge's of a stronger model, by benchmark, prompt
 
     def __getitem__(self, key: tuple[str, str]) -> Cell:
         return self.cells[key]
@@ -139,7 +145,19 @@ def load(folder: Path) -> Evaluation:
     run = next(iter(cells.values())).config.get("window")
     first = read(Path(run) / "rollouts" / "cycle_01.jsonl") if run else []
     judged = [r for r in first if r.judge_scores is not None]
-    return Evaluation(folder, cells, Window(judged) if judged else None)
+    stronger = {
+        path.parent.name: {x["prompt_id"]: tuple(x["scores"]) for x in rows(path)}
+        for path in folder.glob(f"*/{STRONGER}")
+    }
+    return Evaluation(folder, cells, Window(judged) if judged else None, stronger)
+
+
+def load_run(folder: Path) -> Cell:
+    """A run's training rollouts, as if they were a benchmark's. Raises ValueError."""
+    if not (folder / "config.json").is_file() or not (folder / "rollouts").is_dir():
+        raise ValueError(f"{folder}: no run of cycle.py there; give runs/NAME")
+    config = json.loads((folder / "config.json").read_text())
+    return Cell(TRAINING, folder.name, config, rollouts_of(folder))
 
 
 def rows(path: Path) -> list[dict]:

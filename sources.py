@@ -70,6 +70,7 @@ def load(path: Path) -> list[Source]:
 
 
 MODELS = "models.json"  # in results/NAME: an evaluation's models, the base first
+STRONGER = "stronger.jsonl"  # in results/NAME/BENCHMARK: judgements of a stronger model's answers
 
 
 def scores_file(judge: str) -> str:

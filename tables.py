@@ -8,6 +8,7 @@ benchmark are the paper's.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -65,6 +66,7 @@ class Table:
 
 
 Values = tuple[Sequence[float], Sequence[str]]  # per response, and their prompts
+Statistic = Callable[[np.ndarray, Sequence], float | None]  # see inference.of_statistic
 
 
 def over(evaluations: Sequence[Evaluation], values: Callable[[Evaluation], Values]) -> Interval:
@@ -86,19 +88,32 @@ def show(x: Interval | float | None, paper: float | None = None) -> str:
     return text if paper is None else f"{text} (paper {paper:.3f})"
 
 
+def settings(c: Cell) -> dict:
+    """What figures in one table must share."""
+    return {k: c.config[k] for k in ("judge", "template", "few_shot", "samples")} | c.config[
+        "sampling"
+    ]
+
+
 # --------------------------------------------------------------------------------------------------
 # Tables of the paper
+
+MAIN: dict[str, Callable[[Cell], Values]] = {
+    "well-formed": lambda c: (
+        [float(r.self_scores is not None) for r in c.rollouts], [r.prompt_id for r in c.rollouts]
+    ),
+    "quality": lambda c: (qualities(c.j), c.prompts),
+    "calibration": lambda c: (c.calibration, c.prompts),
+    "MAE": lambda c: (np.abs(c.s - c.j).mean(1), c.prompts),
+}  # fmt: skip
 
 
 class Tables:
     """All tables over one or more evaluations of the same models and benchmarks."""
 
-    def __init__(
-        self, evaluations: Sequence[Evaluation], models: Sequence[str] = (), stronger: str = ""
-    ):
-        """`models`: which of them, in this order, the base first; () all. `stronger`: the model
-        that answers are escalated to. Raises ValueError if the evaluations do not have the same
-        cells."""
+    def __init__(self, evaluations: Sequence[Evaluation], models: Sequence[str] = ()):
+        """`models`: which of them, in this order, the base first; () all. Raises ValueError if the
+        evaluations do not have the same cells or settings."""
         self.evaluations = list(evaluations)
         self.first = self.evaluations[0]
         keys = set(self.first.cells)
@@ -110,19 +125,22 @@ class Tables:
                 )
         self.benchmarks = list(dict.fromkeys(b for b, _ in self.first.cells))
         there = list(dict.fromkeys(m for _, m in self.first.cells))
-        if unknown := {*models, *([stronger] * bool(stronger))} - set(there):
+        if unknown := set(models) - set(there):
             raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(there)}")
         self.models = list(models) or there
-        self.base, self.stronger = self.models[0], stronger
-        config = next(iter(self.first.cells.values())).config
-        for name in ("sampling", "judge", "template", "few_shot", "samples"):
-            if any(c.config[name] != config[name] for e in evaluations for c in e.cells.values()):
+        self.base = self.models[0]
+        cells = [c for e in evaluations for c in e.cells.values()]
+        self.settings = settings(cells[0])
+        for name, value in self.settings.items():
+            if any(settings(c)[name] != value for c in cells):
                 raise ValueError(
                     f"the results differ in {name}, and such are not mixed; give evaluations of "
-                    "one setting"
+                    "one setting, and those of others with --beside"
                 )
-        self.judge = config["judge"]
-        self.papers_setting = self.judge.startswith("gpt-5.4") and config["template"] == "paper"
+        self.judge = self.settings["judge"]
+        self.papers_setting = (
+            self.judge.startswith("gpt-5.4") and self.settings["template"] == "paper"
+        )
 
     def each(self) -> Iterator[tuple[str, str]]:
         return ((b, m) for b in self.benchmarks for m in self.models)
@@ -133,17 +151,23 @@ class Tables:
     def mean(self, b: str, m: str, of: Callable[[Cell], Values]) -> Interval:
         return over(self.evaluations, lambda e: of(e[b, m]))
 
+    def ratio(self, b: str, m: str, of: Callable[[Cell], tuple[Sequence, Sequence]]) -> Interval:
+        """Of sum / sum, both given by prompt."""
+        found = [of(e[b, m]) for e in self.evaluations]
+        if len(found) == 1:
+            return inference.ratio(*found[0])
+        return inference.over_seeds([sum(x) / sum(y) for x, y in found if sum(y)])
+
     def statistic(
-        self, b: str, m: str, of: Callable[[Cell, np.ndarray, Sequence], float | None]
+        self, b: str, m: str, of: Callable[[Evaluation], tuple[Statistic, Sequence]]
     ) -> Interval:
-        """Of any figure of a choice of a cell's well-formed responses (their indices, and what
-        stands for their prompts)."""
-        if len(self.evaluations) == 1:
-            c = self.first[b, m]
-            return inference.of_statistic(lambda index, units: of(c, index, units), c.prompts)
-        cells = [e[b, m] for e in self.evaluations]
-        found = [of(c, np.arange(len(c.valid)), c.prompts) for c in cells]
-        return inference.over_seeds([x for x in found if x is not None])
+        """Of any other figure: how it is computed of a choice of things, given by their indices and
+        what stands for their prompts; and the prompts of all these things."""
+        found = [of(e) for e in self.evaluations]
+        if len(found) == 1:
+            return inference.of_statistic(*found[0])
+        values = [figure(np.arange(len(units)), units) for figure, units in found if len(units)]
+        return inference.over_seeds([x for x in values if x is not None])
 
     def all(self) -> list[Table]:
         found = [
@@ -157,29 +181,21 @@ class Tables:
         return [t for t in found if t.rows]
 
     def main_table(self) -> Table:
-        def row(b: str, m: str) -> list[str]:
-            well_formed = self.mean(b, m, lambda c: (
-                [float(r.self_scores is not None) for r in c.rollouts],
-                [r.prompt_id for r in c.rollouts],
-            ))  # fmt: skip
-            quality = self.mean(b, m, lambda c: (qualities(c.j), c.prompts))
-            calibration = self.mean(b, m, lambda c: (c.calibration, c.prompts))
-            mae = self.mean(b, m, lambda c: (np.abs(c.s - c.j).mean(1), c.prompts))
-            return [b, m, show(well_formed), show(quality, self.paper(b, m, "quality")),
-                    show(calibration, self.paper(b, m, "calibration")), show(mae)]  # fmt: skip
-
         return Table(
             "Tables 1 and 2: quality and calibration",
             f"Judge {self.judge}; {self.decoding()}; well-formed responses only.",
-            ["benchmark", "model", "well-formed", "quality", "calibration", "MAE"],
-            [row(b, m) for b, m in self.each()],
-        )
+            ["benchmark", "model", *MAIN],
+            [
+                [b, m, *(show(self.mean(b, m, of), self.paper(b, m, name))
+                         for name, of in MAIN.items())]
+                for b, m in self.each()
+            ],
+        )  # fmt: skip
 
     def decoding(self) -> str:
-        config = next(iter(self.first.cells.values())).config
-        t = config["sampling"]["temperature"]
+        t = self.settings["temperature"]
         how = "greedy decoding" if t == 0 else f"sampled at temperature {t:g}"
-        return f"{how}, {config['samples']} sample(s) per prompt"
+        return f"{how}, {self.settings['samples']} sample(s) per prompt"
 
     def win_rates(self) -> Table:
         """Against the base: of recorded scores sample by sample, and of the pairwise referee."""
@@ -196,8 +212,7 @@ class Tables:
             return over(self.evaluations, values)
 
         def response(b: str, m: str) -> tuple[str, str, str]:
-            lines = [x for e in self.evaluations for x in e[b, m].preferences]
-            if not lines:
+            if not any(e[b, m].preferences for e in self.evaluations):
                 return "-", "-", "-"
             rate = self.mean(b, m, lambda c: ([(x["result"] + 1) / 2 for x in c.preferences],
                                               [x["prompt_id"] for x in c.preferences]))  # fmt: skip
@@ -205,9 +220,7 @@ class Tables:
                 [(x["shown_first"] - x["shown_second"]) / 2 for x in c.preferences],
                 [x["prompt_id"] for x in c.preferences],
             ))  # fmt: skip
-            adjusted = inference.length_adjusted(
-                [x["result"] for x in lines], [x["longer_by"] for x in lines]
-            )
+            adjusted = self.statistic(b, m, lambda e: length_adjusted(e[b, m]))
             return (show(rate, self.paper(b, m, "response win-rate")), show(adjusted), show(bias))
 
         return Table(
@@ -268,8 +281,12 @@ class Tables:
                      for r, x in own_digits(c)]  # fmt: skip
             return [v for v, _ in found], [p for _, p in found]
 
-        def constant(c: Cell) -> float | None:
-            return metrics.constant_top_k([r.judge_scores for r, _ in own_digits(c)])
+        def constant(e: Evaluation, b: str, m: str) -> tuple[Statistic, Sequence]:
+            read = [r for r, _ in own_digits(e[b, m])]
+            return (
+                lambda index, _: metrics.constant_top_k([read[i].judge_scores for i in index]),
+                [r.prompt_id for r in read],
+            )
 
         return Table(
             "Table 4: top-5 accuracy",
@@ -277,12 +294,16 @@ class Tables:
             "beside it what one ranking of the digits reaches that is taken from the same answers.",
             ["benchmark", "model", "top-5", "constant ranking"],
             [
-                [b, m, show(self.mean(b, m, hits), self.paper(b, m, "top-5")),
-                 show(inference.over_seeds([x for e in self.evaluations
-                                            if (x := constant(e[b, m])) is not None]))]
-                for b, m in self.each() if own_digits(self.first[b, m])
+                [
+                    b,
+                    m,
+                    show(self.mean(b, m, hits), self.paper(b, m, "top-5")),
+                    show(self.statistic(b, m, partial(constant, b=b, m=m))),
+                ]
+                for b, m in self.each()
+                if own_digits(self.first[b, m])
             ],
-        )  # fmt: skip
+        )
 
     def attributes(self, name: str) -> Table:
         """Figure 3's numbers, or the mean absolute errors."""
@@ -305,6 +326,15 @@ class Tables:
             ["benchmark", "model", *ATTRIBUTES],
             [[b, m, *(one(b, m, a) for a in range(5))] for b, m in self.each()],
         )
+
+
+def length_adjusted(c: Cell) -> tuple[Statistic, Sequence]:
+    result = np.array([x["result"] for x in c.preferences])
+    longer = np.array([x["longer_by"] for x in c.preferences])
+    return (
+        lambda index, _: inference.length_adjusted(result[index], longer[index]),
+        [x["prompt_id"] for x in c.preferences],
+    )
 
 
 def own_digits(c: Cell) -> list[tuple[Rollout, dict]]:

@@ -65,10 +65,20 @@ def test_shuffled_within_and_across():
     # Within: 0 against 1 and 1 against 0, MAE 18/5. Across: 0-2, 1-2 and back, MAE 3 each.
     within, across = (1 - 3.6 / 9) ** 2, (1 - 3 / 9) ** 2
     prompts = ["a", "a", "b"]
-    assert controls.shuffled(s, J, prompts, within=True) == pytest.approx(within)
-    assert controls.shuffled(s, J, prompts, within=False) == pytest.approx(across)
-    assert controls.shuffled(s, J, ["a", "b", "c"], within=True) is None
-    assert controls.shuffled(s[:1], J[:1], ["a"], within=False) is None
+    found = controls.shuffled(s, J, prompts)
+    assert found.sums == pytest.approx(
+        np.array([[2 * within, 2 * across], [2 * across, 0]])  # rows and columns: prompts a, b
+    )
+    assert found.counts.tolist() == [[2, 2], [2, 0]]
+    assert found.across(np.array([0, 1])) == pytest.approx(across)
+    assert found.across(np.array([0, 0])) is None  # a prompt drawn twice is not another prompt
+    assert controls.shuffled(s[:1], J[:1], ["a"]).across(np.array([0])) is None
+    # Drawn twice and once: a-c counts twice; rows are whose scores, columns whose judgement.
+    s, three = np.array([(9,) * 5, (2,) * 5, (5,) * 5]), ["a", "b", "c"]
+    found = controls.shuffled(s, J, three)
+    met = [reward.calibration(s[x].tolist(), J[y].tolist()) for x, y in ((0, 2), (2, 0))]
+    assert found.across(np.array([0, 2, 0])) == pytest.approx(sum(met) / 2)
+    assert met[0] != met[1] and found.sums[0, 2] == pytest.approx(met[0])
 
 
 def test_skill():
@@ -184,8 +194,8 @@ def test_the_error_split_adds_up():
 
 
 def test_copied_examples():
-    assert controls.copied([(8, 8, 8, 1, 1), (8, 8, 8, 2, 1)], [(8, 8, 8, 1, 1)]) == 0.5
-    assert controls.copied([], [(8,) * 5]) is None
+    assert controls.copied([(8, 8, 8, 1, 1), (8, 8, 8, 2, 1)], [(8, 8, 8, 1, 1)]) == [1, 0]
+    assert controls.copied([], [(8,) * 5]) == []
 
 
 # ------------------------------------------------------------------------------------------ uses

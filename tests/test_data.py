@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from data import DataError, load_prompts
+from data import DataError, load_answers, load_prompts
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -123,6 +123,27 @@ HELP = {"prompt": "p", "response": "r", "helpfulness": 4, "correctness": 4, "coh
 def test_bad_files_are_named_with_their_line(tmp_path, rows, says):
     with pytest.raises(DataError, match=says):
         load_prompts(write(tmp_path / "x.jsonl", *rows))
+
+
+def test_another_models_answers(tmp_path):
+    known = load_prompts(write(
+        tmp_path / "x.jsonl", {"prompt": "One?", "id": 1}, {"prompt": "Two?"}, {"prompt": "Three?"}
+    ))  # fmt: skip
+    one, two, _ = (p.id for p in known)
+    file = write(
+        tmp_path / "gold.jsonl", {"id": 1, "answer": " a "}, {"instruction": "Two?", "output": "b"},
+        {"instruction": "Three?", "output": " "}, {"prompt": "Another?", "answer": "c"},
+    )  # fmt: skip
+    assert load_answers(file, known) == {one: "a", two: "b"}
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([{"instruction": "Two?", "output": "b", "generator": "g"}]))
+    assert load_answers(listed, known) == {two: "b"}
+    with pytest.raises(DataError, match="gold.jsonl:2: no text in a field answer or output"):
+        load_answers(write(file, {"id": 1, "answer": "a"}, {"id": 1, "answer": 3}), known)
+    with pytest.raises(DataError, match="no row answers one of the 3 prompts"):
+        load_answers(write(file, {"prompt": "Another?", "answer": "c"}), known)
+    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+        load_answers(tmp_path / "nowhere.jsonl", known)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -8,14 +8,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, finish, start_ranks
+from conftest import REQUESTS, ROOT, finish, start_ranks
 from transformers import AutoModelForCausalLM
 
 import evaluate
 import prompts
-from data import Prompt, near_duplicates
+from data import Prompt, load_prompts, near_duplicates
 from digits import Question, Reader
 from ledger import read_lines
+from rollout import Inputs
 from sources import rollouts_of
 
 
@@ -70,7 +71,12 @@ def test_all_stages_killed_and_continued(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    args = command(parrot_folder, changed_folder, ("one", prompt_file), ("two", second))
+    gold = tmp_path / "gold.jsonl"
+    rows = [{"instruction": REQUESTS[k], "output": f"Gold {k}."} for k in (0, 2)]
+    gold.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = command(
+        parrot_folder, changed_folder, ("one", prompt_file), ("two", second), stronger=f"one={gold}"
+    )
     began = time.monotonic()
     finish(start_ranks(2, args, whole))
     took, asked = time.monotonic() - began, len(fake_judge.bodies)
@@ -126,6 +132,17 @@ def test_all_stages_killed_and_continued(
     assert {(x["prompt_id"], x["sample"]) for x in preferences} == both
     assert not (base / "preferences.jsonl").exists()
 
+    # The stronger model's two answers, judged once each.
+    by_text = {p.conversation[0]["content"]: p for p in load_prompts(prompt_file)}
+    strong = {x["prompt_id"]: x["scores"] for x in lines(folder / "one" / "stronger.jsonl")}
+    for k in (0, 2):
+        p = by_text[REQUESTS[k]]
+        asked = prompts.judge_user(p.conversation, f"Gold {k}.", ())
+        want = json.loads(fake_judge.judge({"messages": [{"content": asked}]}))
+        assert strong.pop(p.id) == list(want.values())
+        assert sum(b["messages"][-1]["content"] == asked for b in fake_judge.bodies) == 1
+    assert not strong
+
     seed = random.SystemRandom().randrange(10**6)
     rng = random.Random(seed)
     for _ in range(2):
@@ -145,6 +162,25 @@ MISTAKES = {
     "no name": ({"models": ("a b=x",)}, "a b is no name"),
     "no benchmark": ({"benchmarks": ()}, "--benchmarks: nothing"),
 }
+
+
+def test_a_stronger_models_file_is_checked_before_anything(tmp_path, prompt_file):
+    config = evaluate.EvalConfig(models=("m",), benchmarks=(f"b={prompt_file}",), name="x")
+    inputs = Inputs(None, None, load_prompts(prompt_file), {}, 0)
+
+    def answers(*given):
+        return evaluate.stronger_answers(
+            dataclasses.replace(config, stronger=given),
+            evaluate.cells(config),
+            {("m", "b"): inputs},
+        )
+
+    assert answers() == {}
+    for spec in ("gold.jsonl", "c=gold.jsonl"):
+        with pytest.raises(ValueError, match=f"--stronger {spec}: .* benchmarks b"):
+            answers(spec)
+    with pytest.raises(ValueError, match="gold.jsonl: no such file"):
+        answers(f"b={tmp_path / 'gold.jsonl'}")
 
 
 @pytest.mark.parametrize("case", MISTAKES)

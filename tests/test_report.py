@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, make_rollout
 
 import control_tables
+import further_tables
 import report
 from buffer import append
 from controls import calibrations
@@ -114,11 +115,14 @@ def made(tmp_path, tokenizer):
     return m
 
 
-def tables(*folders: Path, **options) -> dict[str, dict]:
+def tables(*folders: Path, beside=(), **options) -> dict[str, dict]:
     """title -> {(benchmark, model, ...): {column: text}}"""
     t = Tables([report.load(f) for f in folders], **options)
     found = {}
-    for table in [*t.all(), *control_tables.all_tables(t)]:
+    others = report.by_settings([report.load(folder) for folder in beside])
+    for table in [
+        *t.all(), *control_tables.all_tables(t), *further_tables.all_tables(t, others)
+    ]:  # fmt: skip
         found[table.title] = [dict(zip(table.head, row, strict=True)) for row in table.rows]
     return found
 
@@ -246,13 +250,18 @@ def test_the_mean_human_label_of_the_references(tmp_path, tokenizer):
 
 
 def test_escalation_and_the_choice_of_models(made):
-    found = tables(made.root / "x", stronger="see")
-    use = one(found["Uses"], model="base", use="25% escalated to see: quality")
-    # A quarter of three answers is one: the lowest rated is the third, where both are alike.
-    q = mean(quality(j) for _, j in BASE[:3])
-    assert begins(use["by self-evaluation"], q)
-    gains = [quality(s[1]) - quality(b[1]) for s, b in zip(SEE[:3], BASE[:3], strict=True)]
-    assert begins(use["oracle"], q + max(gains) / 3) and begins(use["random"], q + mean(gains) / 3)
+    a, b = made.prompts
+    strong = {a: (9, 9, 9, 2, 2), b: (6, 6, 6, 2, 2)}
+    (made.root / "x" / "one" / "stronger.jsonl").write_text("".join(
+        json.dumps({"prompt_id": p, "version": "", "scores": s}) + "\n" for p, s in strong.items()
+    ))  # fmt: skip
+    found = tables(made.root / "x")
+    use = one(found["Uses"], model="base", use="25% escalated to the stronger model: quality")
+    # Judged 15, 18 and 15 of 27, stronger 27, 27 and 18; a quarter of three answers is one, and the
+    # model rates the third lowest.
+    assert begins(use["by self-evaluation"], (15 + 18 + 18) / 81)
+    assert begins(use["random"], (48 + (12 + 9 + 3) / 3) / 81)
+    assert begins(use["oracle"], (27 + 18 + 15) / 81)
     only = tables(made.root / "x", models=("see",))
     assert [r["model"] for r in only["Tables 1 and 2: quality and calibration"]] == ["see"]
     with pytest.raises(ValueError, match="no results of model none"):
@@ -279,8 +288,26 @@ def test_seeds_are_the_unit_where_there_are_several(made):
     config = json.loads(known.read_text())
     config["sampling"]["temperature"] = 0.0
     known.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="differ in sampling"):
+    with pytest.raises(ValueError, match="differ in temperature"):
         tables(made.root / "x", made.root / "y")
+
+
+def test_settings_stand_side_by_side(made):
+    """The base decoded greedily, in a column of its own; SEE was not."""
+    known = made.cell("greedy", "one", "base", [SEE[0], None, None, None]) / "config.json"
+    config = json.loads(known.read_text())
+    config["sampling"]["temperature"] = 0.0
+    known.write_text(json.dumps(config))
+    rows = tables(made.root / "x", beside=[made.root / "greedy"])
+    rows = rows["The same models under other settings"]
+    assert list(rows[0])[3:] == ["temperature 0.8", "temperature 0.0"]
+    row = next(r for r in rows if (r["model"], r[""]) == ("base", "calibration"))
+    assert begins(row["temperature 0.8"], mean(calibration(s, j) for s, j in BASE[:3]))
+    assert begins(row["temperature 0.0"], calibration(*SEE[0]))
+    row = next(r for r in rows if (r["model"], r[""]) == ("base", "well-formed"))
+    assert begins(row["temperature 0.8"], 0.75) and begins(row["temperature 0.0"], 0.25)
+    assert all(r["temperature 0.0"] == "-" for r in rows if r["model"] == "see")
+    assert "The same models under other settings" not in tables(made.root / "x")
 
 
 def test_one_valid_response_and_none(made):
@@ -346,7 +373,7 @@ def test_figure_2_needs_a_runs_checkpoints(made, tmp_path):
 
 def test_files_and_figures(made, tmp_path):
     out = tmp_path / "out"
-    text = report.run(report.Command((made.root / "x",), out))
+    text = report.run(report.Command((made.root / "x",), out=out))
     assert (out / "tables.txt").read_text() == text and "Table 4" in text
     assert "| benchmark | model |" in (out / "tables.md").read_text()
     assert {p.name for p in out.iterdir()} == {
@@ -360,11 +387,39 @@ def test_files_and_figures(made, tmp_path):
     assert bad.returncode == 1 and "no results of evaluate.py there" in bad.stderr
 
 
+def test_a_runs_rollouts_by_cycle(made, tmp_path):
+    """Two cycles of three rollouts; two of each are shown, the biggest disagreement first."""
+    run = made.cell("runs", "x", "r", [])
+    (run / "rollouts").mkdir()
+    for cycle in (1, 2):
+        for k, own in enumerate(((5,) * 5, (9,) * 5, (6,) * 5)):
+            r = made.rollout(made.prompts[0], k, (own, (5,) * 5), "r")
+            r = dataclasses.replace(r, cycle=cycle)
+            append(run / "rollouts" / f"cycle_{cycle:02d}.jsonl", r)
+    lines = [
+        {"phase": "rl", "cycle": c, "sample_passes": 16 * c, "calibration": 0.5,
+         "quality": None if c == 1 else 1, "well_formed": 1, "response_tokens": 9}
+        for c in (1, 2)
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    shown = report.answers([report.load_run(run)], 4)
+    assert [(a["cycle"], a["rollout"].sample) for a in shown] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert len(report.answers([report.load_run(run)], 0)) == 6
+    out = tmp_path / "out"
+    report.run(report.Command(runs=(run,), out=out))
+    assert {"training.png", "report.html"} <= {p.name for p in out.iterdir()}
+    assert 'data-cycle="2"' in (out / "report.html").read_text()
+    with pytest.raises(ValueError, match="no run of cycle.py there"):
+        report.run(report.Command(runs=(made.root / "x",), out=out))
+    with pytest.raises(ValueError, match="nor --runs"):
+        report.run(report.Command(out=out))
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 def test_the_page_in_a_browser(made, tmp_path):
     """What the models wrote is text; one filter, one sort, by the address."""
     out = tmp_path / "out"
-    report.run(report.Command((made.root / "x",), out))
+    report.run(report.Command((made.root / "x",), out=out))
 
     def dom(fragment: str) -> str:
         done = subprocess.run(
@@ -391,5 +446,9 @@ def test_the_page_in_a_browser(made, tmp_path):
     assert len(seen) == 4 and {m for m, _, _ in seen} == {"see"}
     malformed = [a for a in articles(dom("valid=no")) if not a[2]]
     assert malformed == [("base", "-1.0", False)]
+    # Verbosity: 8 - 9, 8 - 2, 5 - 5 of the base; 4 - 9, 7 - 2, 5 - 5, 1 - 0 of SEE.
+    far = [a for a in articles(dom("attribute=verbosity&least=5")) if not a[2]]
+    assert [m for m, _, _ in far] == ["base", "see", "see"]
+    assert all(a[2] for a in articles(dom("cycle=7")))
     by_prompt = re.findall('data-prompt="(.*?)"', dom("sort=prompt"))
     assert by_prompt == sorted(by_prompt) and len(by_prompt) == 8
