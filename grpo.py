@@ -23,7 +23,7 @@ temperature over the full vocabulary, for policy and reference.
 5. A group without reward spread has advantage exactly 0; the step is taken all the same, because
    KL and entropy still act.
 
-Shapes: N rollouts of this rank, G rollouts of a group, B rows of a micro-batch, T tokens.
+Shapes: N rollouts of a step (all ranks'), G rollouts of a group, B rows of a micro-batch, T tokens.
 """
 
 from collections.abc import Sequence

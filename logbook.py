@@ -53,19 +53,34 @@ class Clock:
 
 def check_same_config(folder: Path, config: object, may_change: Collection[str] = ()) -> None:
     """ValueError if the folder holds a run of another configuration (a dataclass), naming the
-    fields that differ."""
+    fields that differ. `may_change`: fields, or "field.field" inside one."""
     if not (folder / "config.json").exists():
         return
     before = json.loads((folder / "config.json").read_text())
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    keys = sorted((before.keys() | now.keys()) - set(may_change))
-    differing = [key for key in keys if before.get(key) != now.get(key)]
+    differing = [
+        key
+        for key in sorted(_differing(before, now))
+        if not {key, key.split(".")[0]} & {*may_change}
+    ]
     if differing:
         raise ValueError(
             f"{folder} holds a run of another configuration (it differs in "
             f"{', '.join(differing)}); choose another --name, or give the same options to go on "
             "with it"
         )
+
+
+def _differing(before: dict, now: dict, within: str = "") -> set[str]:
+    """Keys, those of dictionaries inside as "key.key"."""
+    found = set()
+    for key in before.keys() | now.keys():
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differing(a, b, f"{within}{key}.")
+        elif a != b:
+            found.add(within + key)
+    return found
 
 
 def open_folder(folder: Path, config: object, model: Path) -> None:

@@ -217,16 +217,18 @@ class Call(NamedTuple):
 def attention_calls(batch: Batch, heads_per_key: int, dtype: torch.dtype) -> list[Call]:
     """A pack's rows, so many at a time that a product has enough queries to be worth its start,
     although rows in one product are computed against each other for nothing."""
-    calls: list[Call] = []
+    to, calls = batch.ids.device, []
     rows: list[int] = []
     for k, length in enumerate(batch.lengths):
         rows.append(length)
         if heads_per_key * sum(rows) >= QUERIES or k == len(batch.lengths) - 1:
-            same_row = torch.block_diag(*[torch.ones(n, n, dtype=torch.bool) for n in rows])
-            hidden = torch.zeros(same_row.shape, dtype=dtype)
+            same_row = torch.block_diag(
+                *[torch.ones(n, n, dtype=torch.bool, device=to) for n in rows]
+            )
+            hidden = torch.zeros(same_row.shape, dtype=dtype, device=to)
             hidden.masked_fill_(~same_row.tril(), float("-inf"))
             mask = F.pad(hidden, (batch.prefix, 0)).repeat(heads_per_key, 1)
-            calls.append(Call(sum(rows), mask.to(batch.ids.device)))
+            calls.append(Call(sum(rows), mask))
             rows = []
     return calls
 

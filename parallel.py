@@ -36,7 +36,7 @@ def process_group():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -57,7 +57,7 @@ def process_group():
             dist.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc returns large blocks to the system as they are freed; the next step would get them back
     page by page, which was a fifth of its time on CPU (bench/README.md)."""
     libc = ctypes.CDLL(None)
@@ -218,7 +218,7 @@ def optimizer_tensors(
         for p in group["params"]:
             state = optimizer.state[p]
             if not state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), device=p.device)  # where the fused form wants it
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             tensors |= {f"{names[p]}.{key}": value for key, value in state.items()}
     return tensors

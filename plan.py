@@ -24,7 +24,7 @@ import torch
 import footprint
 from data import Prompt
 from endpoint import prices
-from footprint import itemsize, per_rank
+from footprint import MARGIN, itemsize, per_rank
 from hub import fetch_weights
 from judge import make_judge, offline_judge
 from ledger import LEDGER
@@ -164,7 +164,8 @@ def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[
 def memory(config: Config, setup: Setup) -> dict[str, float]:
     """Peak of one rank of this start on this machine."""
     sampler = footprint.engine(config, setup.size, per_rank(), torch.cuda.is_available())
-    return {**footprint.training(config, setup.size, ranks()), "sampler": sampler}
+    parts = footprint.training(config, setup.size, ranks())
+    return {**parts, "margin": (MARGIN - 1) * sum(parts.values()), "sampler": sampler}
 
 
 def kv_tokens(config: Config, setup: Setup) -> int:

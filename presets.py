@@ -173,9 +173,11 @@ PRESETS = {
     c.preset: c
     for c in (PAPER, OFFICIAL, RLCR, RLCR_MATCHED, SMALL, TINY, TINY_RLCR, TINY_RLCR_MATCHED)
 }
-# What may differ between a run and its continuation.
+# What may differ between a run and its continuation: how long, what is kept, how much at once.
 MAY_CHANGE = {
-    "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "engine", "client"
+    "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "engine",
+    "client", "sample_rows", "policy.micro_batch_tokens", "policy.head_tokens",
+    "policy.gradient_checkpointing", "policy.shared_prefix", "policy.attn",
 }  # fmt: skip
 
 

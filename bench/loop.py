@@ -30,7 +30,7 @@ def main() -> None:
         raise SystemExit("error: no metrics.jsonl there; give a run's folder")
     spent: dict[object, Counter] = {}
     for line in lines:
-        if line["phase"] not in ("setup", "end"):  # loading once is not the loop
+        if line["phase"] != "setup":  # loading once is not the loop
             for key in (line["cycle"], "all"):
                 spent.setdefault(key, Counter()).update(line["seconds"])
     print(f"{'cycle':>7}" + "".join(f"{part:>11}" for part in (*USEFUL, *OTHERS, "wall"))
@@ -39,6 +39,8 @@ def main() -> None:
         row = "".join(f"{parts[part]:11.1f}" for part in (*USEFUL, *OTHERS, "wall"))
         useful = sum(parts[part] for part in USEFUL) / parts["wall"]
         print(f"{cycle:>7}{row}{useful:11.1%}")
+        if parts["other"] > 0.02 * parts["wall"]:
+            print(f"{'':>7}  the named parts do not add up to the wall time within 2 %")
     steps = [line for line in lines if line["phase"] == "rl"]
     for name, what in (
         ("imbalance", "longer than an even share the ranks' rounds are (mean, RL)"),

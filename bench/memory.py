@@ -33,6 +33,7 @@ def main() -> None:
     config = replace(config, engine=replace(config.engine, sleep=args.sleep))
     total = args.gpu_gb * 1e9
     parts = footprint.training(config, size, args.gpus)
+    parts["margin"] = (footprint.MARGIN - 1) * sum(parts.values())
     parts["vLLM: weights, KV cache"] = footprint.engine(config, size, total, cuda=True)
     tokens = config.policy.micro_batch_tokens
     print(f"{size.kind}, {size.parameters / 1e9:.2f} B parameters, preset {args.preset}, "

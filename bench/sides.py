@@ -8,11 +8,16 @@ the other's; while one works the other waits for its turn.
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import parallel  # noqa: E402
 
 
 class Side:
@@ -39,18 +44,24 @@ class Side:
 
 def _serve(pipe, make, threads: int, args) -> None:
     torch.set_num_threads(threads)
+    parallel.keep_freed_memory()  # both sides: ours does it by itself
     os.environ["TQDM_DISABLE"] = "1"
     try:
         side = make(*args)
         while (what := pipe.recv()) != "end":
-            pipe.send(_peak() if what == "peak" else getattr(side, what)())
+            own = {"peak": _peak, "forget_peak": _forget_peak}.get(what)
+            pipe.send(own() if own else getattr(side, what)())
     except Exception as error:
         pipe.send(RuntimeError(f"{make.__name__}: {error!r}"))
         raise
 
 
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak() -> float:
-    """The process's largest resident memory so far, in GB."""
+    """The process's largest resident memory since it was forgotten, in GB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
@@ -69,6 +80,8 @@ def compare(sides: list[Side], repeats: int) -> list[dict]:
     """`repeats` steps of each in turn, after one whose gradients were taken: medians by part and in
     all, the range of the whole, the peak."""
     found: list[list[dict]] = [[] for _ in sides]
+    for side in sides:  # copies of gradients were not part of a step
+        side.ask("forget_peak")
     for _ in range(repeats):
         for side, steps in zip(sides, found, strict=True):
             steps.append(side.ask("step"))

@@ -75,12 +75,13 @@ def tokenizer():
     return make_tokenizer()
 
 
-def make_model(kind: str, vocab_size: int, tied: bool = True, seed: int = 0):
-    """A random model of two layers; heads of 32, the smallest that vLLM knows on CPU."""
+def make_model(kind: str, vocab_size: int, tied: bool = True, seed: int = 0, keys: int = 1):
+    """A random model of two layers, two heads to each of `keys` keys; heads of 32, the smallest
+    that vLLM knows on CPU."""
     torch.manual_seed(seed)
     common = dict(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+        vocab_size=vocab_size, hidden_size=64 * keys, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2 * keys, num_key_value_heads=keys, max_position_embeddings=1024,
         tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         initializer_range=0.1,
     )  # fmt: skip
@@ -102,7 +103,7 @@ def random_folder(tmp_path_factory, tokenizer):
     def folder(kind: str = "llama", tied: bool = True) -> Path:
         if (kind, tied) not in made:
             made[kind, tied] = path = tmp_path_factory.mktemp(f"{kind}_{tied}")
-            make_model(kind, len(tokenizer), tied).save_pretrained(path)
+            make_model(kind, len(tokenizer), tied, keys=2).save_pretrained(path)
             tokenizer.save_pretrained(path)
         return made[kind, tied]
 

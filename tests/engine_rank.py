@@ -91,7 +91,7 @@ def main(folder: str, out: str) -> None:
         # One token each for many seeds: which were drawn how often, and what the policy says.
         if parallel.rank() == 0:
             ids = tokenizer.encode(TEXTS[0])
-            many = [Request("one", k, ids, seed_of("one", k)) for k in range(3000)]
+            many = [Request("one", k, ids, seed_of("one", k)) for k in range(8000)]
             params = SamplingParams(temperature=0.8, top_p=0.9, top_k=25, max_tokens=1)
             said["drawn"] = [s.response_ids[0] for s in sampler.sample(many, params)]
         with torch.no_grad():  # every rank: a forward is a collective

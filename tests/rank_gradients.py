@@ -1,10 +1,12 @@
 """Not a test: one rank of test_ranks.py. Usage: rank_gradients.py MODEL_FOLDER OUT.pt
 
 Saves {case: {parameter: whole gradient}} of one RL step and one distillation update, for each loss
-mean, with and without shared prefixes, and for several splits into micro-batches.
+mean, with and without shared prefixes, and for several splits into micro-batches; under "figures" a
+step's own {case: figures}.
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 from conftest import make_rollout
@@ -43,8 +45,10 @@ def main(folder: str, out: str) -> None:
         )
         for k, r in enumerate(REWARDS)
     ]
+    rollouts = [replace(r, sampled_logp=(-1.0 - k,) * len(r.response_ids))
+                for k, r in enumerate(rollouts)]  # fmt: skip
     sft_masked.torch.optim.AdamW = Capture
-    cases = {}
+    cases, figures = {}, {}
     with parallel.process_group():
         rows = [response_row(r.prompt_ids, r.response_ids) for r in rollouts]
         for shared in (True, False):
@@ -63,15 +67,16 @@ def main(folder: str, out: str) -> None:
                 for loss_mean in ("response", "token"):
                     config = GRPOConfig(loss_mean=loss_mean, kl_coef=0.5, grad_clip=1e9)
                     capture = Capture(policy.parameters())
-                    rl_step(policy, capture, work, ref_logps, rollouts, 4, 0.8, config)
+                    said = rl_step(policy, capture, work, ref_logps, rollouts, 4, 0.8, config)
                     case = f"{loss_mean} {budget} {shared}"
+                    figures[case] = {k: v for k, v in said.items() if k != "imbalance"}
                     cases[case] = dict(zip(names, Capture.grads, strict=True))
                 # Seven rows: ranks get different numbers of rows and of micro-batches.
                 config = sft_masked.SFTConfig(grad_clip=1e9)
                 list(sft_masked.distil(policy, tokenizer, rollouts[:7], config, batching, seed=0))
                 cases[f"sft {budget} {shared}"] = dict(zip(names, Capture.grads, strict=True))
         if parallel.rank() == 0:
-            torch.save(cases, out)
+            torch.save(cases | {"figures": figures}, out)
 
 
 if __name__ == "__main__":

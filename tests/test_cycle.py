@@ -49,10 +49,13 @@ def weights(run) -> bytes:
     return (run / "checkpoints" / "cycle_02" / "model.safetensors").read_bytes()
 
 
-def test_two_machines_give_what_one_gives(tmp_path, parrot_folder, prompt_file):
-    """Two agents of one process each, on loopback, and one agent of two processes."""
+def test_two_machines_give_what_one_gives(tmp_path, parrot_folder, prompt_file, fake_judge):
+    """Two agents of one process each, on loopback, and one agent of two processes; the judge's two
+    requests at once are two over both machines."""
+    fake_judge.delay = 0.02
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--master_port", free_port()]
-    args = small_args(parrot_folder, prompt_file)
+    options = {"judge": "fake", "client.concurrency": 2}
+    args = small_args(parrot_folder, prompt_file, **options)
     weights, figures = [], []
     for nodes in (1, 2):
         folder = tmp_path / str(nodes)
@@ -71,10 +74,12 @@ def test_two_machines_give_what_one_gives(tmp_path, parrot_folder, prompt_file):
         weights.append((run / "checkpoints" / "cycle_02" / "model.safetensors").read_bytes())
         lines = read_metrics(run)
         for line in lines:
-            line.pop("seconds"), line.pop("hand_over_s_per_gb", None)
+            for own in ("seconds", "hand_over_s_per_gb", "judge"):  # two ranks may ask one question
+                line.pop(own, None)
         figures.append(lines)
         assert [start["ranks"] for start in json.loads((run / "env.json").read_text())] == [2]
     assert figures[0] == figures[1] and weights[0] == weights[1]
+    assert fake_judge.most_in_flight <= 2
 
 
 def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
@@ -99,7 +104,9 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
             assert set(named) <= set(m)
             parts = {k: v for k, v in m["seconds"].items() if k != "wall"}
             assert parts.keys() >= {"sampling", "reference", "judge_tail", "training", "hand_over"}
-            assert sum(parts.values()) == pytest.approx(m["seconds"]["wall"], abs=0.01)
+            # "other" is what no part claims: 2 % at most, and a moment as these steps are short.
+            assert parts.pop("other") < 0.02 * m["seconds"]["wall"] + 0.02
+            assert sum(parts.values()) == pytest.approx(m["seconds"]["wall"], rel=0.02, abs=0.02)
             assert m["clip_fraction"] == 0 and m["logprob_gap"] < 1e-3
             assert m["kl"] < 1e-6 if m["step"] == 1 else m["kl"] > 1e-6
     assert any(m["phase"] == "sft" for m in metrics)
@@ -146,6 +153,49 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     assert well_formed["mean"] == pytest.approx(sum(r.reward != -1 for r in answers) / 12)
 
 
+SPY = """
+import sys
+import cycle, policy, torch
+from rollout import Collector
+
+said = []
+
+
+def spy(owner, name, what):
+    before = getattr(owner, name)
+
+    def after(self, *args, **kwargs):
+        said.append(what(self))
+        return before(self, *args, **kwargs)
+
+    setattr(owner, name, after)
+
+
+spy(policy.Policy, "forward",
+    lambda p: f"{'policy' if p.training else 'reference'} {torch.is_grad_enabled()}")
+spy(Collector, "sample", lambda _: "sample")
+spy(Collector, "judged", lambda _: "judged")
+cycle.main()
+print("SAID", *said, sep="|")
+"""
+
+
+def test_no_forward_is_wasted(tmp_path, parrot_folder, prompt_file):
+    """A step is: sample, one reference pass without gradients while the judge is at work, then one
+    pass of the policy, micro-batch by micro-batch; there is no "old" pass. Phase 2 asks no
+    reference."""
+    args = small_args(parrot_folder, prompt_file, cycles=1, **{"policy.micro_batch_tokens": 700})
+    done = finish(start_ranks(1, ["-c", SPY, *args[1:]], tmp_path, PYTHONPATH=str(ROOT)))
+    said = re.search(r"^SAID\|(.*)$", done, re.MULTILINE)[1].split("|")
+    forward, ends = ("reference False", "policy True"), said.index("sample", 1)
+    for step in (said[:ends], said[ends:]):
+        n = step.count("reference False")
+        assert n >= 4  # prompts; a pack is one prompt's
+        assert step[: 2 + 2 * n] == ["sample", *[forward[0]] * n, "judged", *[forward[1]] * n]
+    distilled = said[ends:][2 + 2 * said[ends:].count("reference False") :]
+    assert distilled and set(distilled) == {"policy True"}
+
+
 @pytest.mark.parametrize("save_every", [0, 1])
 def test_a_killed_run_ends_as_if_it_had_not_been(
     tmp_path, parrot_folder, prompt_file, fake_judge, save_every
@@ -188,6 +238,34 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     for a, b in zip(*lines, strict=True):
         own = {"seconds": 0, "hand_over_s_per_gb": 0, "judge": 0}  # what a start has spent
         assert {**a, **own} == {**b, **own}, f"seed {seed}"
+
+
+def test_a_run_goes_on_with_other_ranks_and_smaller_micro_batches(
+    tmp_path, parrot_folder, prompt_file
+):
+    """Killed with two ranks after the first state, finished by one, as after running out of
+    memory."""
+    args = small_args(parrot_folder, prompt_file, save_every=1)
+    ranks = start_ranks(2, args, tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    state = run / "state" / "cycle_001_step_00001" / "where.json"
+    while not state.exists() and any(p.poll() is None for p in ranks):
+        time.sleep(0.01)
+    for p in ranks:
+        p.kill()
+        p.communicate()
+    smaller = ["--policy.micro_batch_tokens", "300", "--policy.head_tokens", "50",
+               "--no-shared-prefix", "--sample_rows", "3"]  # fmt: skip
+    assert "going on from" in finish(start_ranks(1, [*args, *smaller], tmp_path))
+    steps = [m for m in read_metrics(run) if m["phase"] == "rl"]
+    assert [(m["cycle"], m["step"]) for m in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(m["clip_fraction"] == 0 and m["logprob_gap"] < 1e-3 for m in steps)
+    for number in (1, 2):
+        rollouts = buffer.read(run / "rollouts" / f"cycle_{number:02d}.jsonl")
+        assert Counter((r.step, r.prompt_id) for r in rollouts).most_common()[0][1] == 4
+        assert len(rollouts) == 2 * 4 * 4
+    refused = start_ranks(1, [*args, "--policy.dtype", "bfloat16"], tmp_path)
+    assert "it differs in policy.dtype" in refused[0].communicate()[0]
 
 
 def test_a_run_can_be_repeated_from_its_judgements_alone(

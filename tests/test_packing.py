@@ -3,8 +3,16 @@
 import pytest
 import torch
 
+import packing
 import parallel
-from packing import Row, common_prefix, share_out, split_into_packs, split_into_rectangles
+from packing import (
+    Row,
+    attention_calls,
+    common_prefix,
+    share_out,
+    split_into_packs,
+    split_into_rectangles,
+)
 from policy import PolicyConfig, load_model, load_policy
 
 KINDS = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False)]
@@ -28,16 +36,28 @@ TWO_GROUPS = responses(9, (4, 9, 1), seed=1) + responses(5, (6, 2, 3), seed=2)
 
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
-def test_equal_to_one_row_after_the_other(random_folder, kind, tied, checkpointing, shared):
-    """Log-probabilities, entropies and all gradients against plain forwards of single rows."""
-    folder = random_folder(kind, tied)
+@pytest.mark.parametrize("queries", [1, 12, 768, None])
+def test_equal_to_one_row_after_the_other(
+    random_folder, monkeypatch, kind, tied, checkpointing, queries
+):
+    """Log-probabilities, entropies and all gradients against plain forwards of single rows. A pack
+    attends row by row, two or three rows at a time, or all at once; None: padded rows."""
+    folder, shared = random_folder(kind, tied), queries is not None
+    if shared:
+        monkeypatch.setattr(packing, "QUERIES", queries)
     config = PolicyConfig(
         "float32", head_tokens=3, gradient_checkpointing=checkpointing, shared_prefix=shared
     )
     policy, plain = load_policy(folder, config), load_model(folder, torch.float32)
     work = share_out(TWO_GROUPS, [0] * 3 + [1] * 3, 1000, shared)
     assert [b.prefix for b in work.batches] == ([9, 5] if shared else [0])
+    if shared:
+        products = [[c.tokens for c in attention_calls(b, 2, torch.float32)] for b in work.batches]
+        # Rows of 4 9 1 and 6 2 3 tokens; with two heads to a key, 6 tokens are 12 queries.
+        assert (
+            products
+            == {1: [[4, 9, 1], [6, 2, 3]], 12: [[13, 1], [6, 5]], 768: [[14], [11]]}[queries]
+        )
     loss = 0.0
     for batch in work.batches:
         got = policy(batch, temperature=0.8)

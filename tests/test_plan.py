@@ -104,7 +104,7 @@ BAD = {
     "cache": (
         {"sampler": "vllm", "engine": EngineConfig(kv_cache_gb=1e-4)},
         # 2 layers x (32 + 32) numbers x 4 bytes = 512 bytes a token.
-        "cache holds about 209 tokens and one rollout may take 820; raise --engine",
+        "cache holds about 104 tokens and one rollout may take 820; raise --engine",
     ),
     "attn": (
         {"policy": PolicyConfig(attn="sdpa", dtype="float32")},
@@ -170,30 +170,37 @@ def test_batches_are_a_permutation_by_cycle(tiny):
 
 
 def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
-    """Two layers, D 64, two heads of 32 with one key-value head, inner size 128, tied head."""
+    """Two layers, D 128, four heads of 32 with two key-value heads, inner size 128, tied head."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     policy = PolicyConfig("bfloat16", micro_batch_tokens=2000, head_tokens=100)
     config = tiny(policy=policy, sampler="transformers")
     setup = look(config)
     v = len(tokenizer)
-    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
-    p = v * 64 + 2 * layer + 64
+    layer = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 128 + 2 * 128
+    p = v * 128 + 2 * layer + 128
     # Inputs and outputs of q, k, v, o, gate, up, down; six vectors for the norms.
-    kept = (64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 128) + 6 * 64
+    kept = (128 + 128) + 2 * (128 + 64) + (128 + 128) + 3 * (128 + 128) + 6 * 128
     got = memory(config, setup)
+    margin = got.pop("margin")
+    assert margin == pytest.approx(0.2 * (sum(got.values()) - got["sampler"]))
     assert got == {
         "parameters": 4 * p / 2,
         "gradients": 4 * p / 2,
         "AdamW": 8 * p / 2,
         "KL reference": 2 * p / 2,
         "gathered weights and gradients": 8 * (p - 2 * layer + 2 * layer),
-        "activations": 2 * 2000 * (2 * 64 + kept),  # recomputed: one layer's and each one's input
+        "activations": 2 * 2000 * 2 * 128,  # recomputed: each layer's input
         # Two heads share their keys; rows have up to 700 + 120 tokens.
         "attention masks": 2 * 2 * 2000 * (700 + 120),
-        # bf16 logits of 100 tokens, fp32 of 32 three times, and the gradient added up in fp32.
-        "head": 2 * 100 * v + 3 * 4 * 32 * v + 4 * v * 64,
+        # One layer, recomputed, and two layers' worth. The head is smaller: bf16 logits of 100
+        # tokens, fp32 of 32 three times, and the gradient added up in fp32.
+        "head or layer at work": 2 * 2000 * 3 * kept,
         "sampler": 2 * p,
     }
+    assert 2 * 100 * v + 3 * 4 * 32 * v + 4 * v * 128 < got["head or layer at work"]
+    wide = tiny(policy=dataclasses.replace(policy, micro_batch_tokens=820, head_tokens=5000))
+    head = 2 * 820 * v + 3 * 4 * 32 * v  # longest row 820; all in one chunk, nothing added up
+    assert memory(wide, setup)["head or layer at work"] == max(head, 2 * 820 * 3 * kept)
     halved = memory(tiny(policy=dataclasses.replace(policy, parameters="bfloat16")), setup)
     assert halved["AdamW"] == got["AdamW"] / 2 and halved["KL reference"] == got["KL reference"]
     assert disk(config, setup) == {"checkpoints": 2 * 2 * p, "state": 3 * 4 * p}

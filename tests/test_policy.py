@@ -1,6 +1,7 @@
 """Forward, micro-batches, export: .venv/bin/python -m pytest tests/test_policy.py"""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -99,6 +100,26 @@ def test_export_loads_as_it_is(random_folder, tokenizer, tmp_path, kind, tied):
     assert again.encode(text) == tokenizer.encode(text)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == [type(back).__name__]
+
+
+def test_a_hand_over_holds_one_tensor_at_a_time(random_folder):
+    """No second copy of the model: each tensor is gone before the next is made."""
+    policy = load_policy(random_folder(), PolicyConfig(), trainable=False)
+    last, names = (lambda: None), []
+    for name, tensor in policy.full_weights(torch.float32):  # another type: copies
+        assert last() is None, name
+        names.append(name)
+        last = weakref.ref(tensor)
+        del tensor
+    assert names == [name for name, _ in policy.model.named_parameters()] and len(names) > 10
+
+
+def test_a_restored_optimizers_step_is_where_its_parameter_is():
+    """The fused AdamW of a GPU takes no step from the CPU; "meta" stands for the GPU here."""
+    p = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    made = parallel.optimizer_tensors(torch.optim.AdamW([p]), {p: "p"})
+    assert set(made) == {"p.step", "p.exp_avg", "p.exp_avg_sq"}
+    assert {t.device.type for t in made.values()} == {"meta"}
 
 
 def test_at_the_papers_rate_bf16_parameters_hardly_move(random_folder):

@@ -16,6 +16,11 @@ def gradients(folder, tmp_path, ranks):
 def test_ranks_and_micro_batches_do_not_change_the_gradient(random_folder, tmp_path, kind, tied):
     folder = random_folder(kind, tied)
     one, two = (gradients(folder, tmp_path, ranks) for ranks in (1, 2))
+    for figures in (one.pop("figures"), two.pop("figures")):
+        for case, found in figures.items():
+            assert found["score_entropy"] > 0.1 and found["logprob_gap"] > 0.1
+            whole = figures[f"{case.split()[0]} 10000 False"]
+            assert found == pytest.approx(whole, rel=1e-4, abs=1e-6), case
     assert one.keys() == two.keys() and len(one) == 18
     for case in one:
         # One rank, as few micro-batches as can be, padded rows.
