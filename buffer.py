@@ -94,6 +94,7 @@ def read(path: Path) -> list[Rollout]:
             raise ValueError(
                 f"{path}:{number}: not a rollout ({error}); remove the line or the file"
             ) from error
+        found.pop(rollout.key, None)  # so that the order is that of the last writing
         found[rollout.key] = rollout
     return list(found.values())
 

@@ -34,41 +34,75 @@ def window_constant(e: Evaluation, c: Cell) -> Scores | None:
 
 
 def primary(t: Tables) -> Table:
-    """The primary endpoint, and all other comparisons of models corrected together."""
-    rows, others = [], {}
+    """The primary endpoint, and all other comparisons corrected together."""
+    main = (t.benchmarks[0], t.models[-1], "calibration - the best constant's")
+    found: dict[tuple[str, str, str], Difference] = {}
     for b, m in t.each():
-        apart = _difference(t, b, m, lambda e, c: _by_prompt(c, c.calibration), _constants)
-        rows.append([b, m, "its calibration - the best constant's", *_shown(apart), "primary"])
-    for b, m in t.each():
+        found[b, m, "calibration - the best constant's"] = _difference(
+            t, b, m, lambda e, c: _by_prompt(c.prompts, c.calibration), _constants
+        )
+        found[b, m, "pairs of a prompt ordered right - half"] = _difference(
+            t, b, m, lambda e, c: _pairs(c, "right"), lambda e, c: _pairs(c, "half")
+        )
+        for other in t.models[: t.models.index(m)]:
+            for name, of in FIGURES.items():
+                found[b, m, f"{name} - {other}'s"] = _difference(
+                    t, b, m, lambda e, c, of=of: _by_prompt(c.prompts, of(c)),
+                    lambda e, c, of=of, o=other: _by_prompt(e[c.benchmark, o].prompts,
+                                                            of(e[c.benchmark, o])),
+                )  # fmt: skip
         if m == t.base:
             continue
-        for name, of in FIGURES.items():
-            apart = _difference(
-                t, b, m, lambda e, c, of=of: _by_prompt(c, of(c)),
-                lambda e, c, of=of: _by_prompt(e[c.benchmark, t.base], of(e[c.benchmark, t.base])),
-            )  # fmt: skip
-            others[b, m, f"{name} - {t.base}'s"] = apart
-    corrected = inference.holm({key: d.p for key, d in others.items()})
-    for (b, m, what), d in others.items():
-        rows.append([b, m, what, *_shown(d), f"{show(corrected[b, m, what])} (Holm)"])
+        found[b, m, f"on {t.base}'s answers: calibration of its scores - {t.base}'s"] = _difference(
+            t, b, m, lambda e, c: _read(e[c.benchmark, t.base], c.model),
+            lambda e, c: _read(e[c.benchmark, t.base], t.base),
+        )  # fmt: skip
+        found[b, m, "response win-rate - half"] = _difference(
+            t, b, m, lambda e, c: _won(c), lambda e, c: {p: [0.5] for p in _won(c)}
+        )
+    found = {key: d for key, d in found.items() if d.interval.mean is not None or key == main}
+    corrected = inference.holm({key: d.p for key, d in found.items() if key != main})
+    rows = [[*main, *_shown(found.pop(main)), "primary"]]
+    rows += [[*key, *_shown(d), f"{show(corrected[key])} (Holm)"] for key, d in found.items()]
     return Table(
         "Comparisons",
-        "Primary endpoint: calibration on held-out prompts minus that of the best constant of the "
-        "training window. Prompts are paired; the p-value is of a permutation test over prompts, "
-        "or of a t test over evaluations where there are several.",
+        "Primary endpoint, of the first benchmark and the last model: calibration on held-out "
+        "prompts minus that of the best constant of the training window. All others are corrected "
+        "together. Prompts are paired; the p-value is of a permutation test over prompts, or of a "
+        "t test over evaluations where there are several.",
         ["benchmark", "model", "difference", "mean", "p", "corrected p"],
         rows,
     )
 
 
+def _pairs(c: Cell, what: str) -> dict[str, list[float]]:
+    """Of each prompt: pairs of its answers that the model orders as the judge does, or half of
+    those that the judge tells apart."""
+    found = controls.within_prompts(qualities(c.s), qualities(c.j), c.prompts)
+    return {p: [o.right if what == "right" else o.pairs / 2]
+            for p, o in zip(dict.fromkeys(c.prompts), found, strict=True) if o.pairs}  # fmt: skip
+
+
+def _read(answers: Cell, scorer: str) -> dict[str, list[float]]:
+    """Calibration of a scorer's most probable digits for another's answers."""
+    return _by_prompt(*reversed(read_by(answers, scorer)))
+
+
+def _won(c: Cell) -> dict[str, list[float]]:
+    return _by_prompt([x["prompt_id"] for x in c.preferences],
+                      [(x["result"] + 1) / 2 for x in c.preferences])  # fmt: skip
+
+
 def _constants(e: Evaluation, c: Cell) -> dict[str, list[float]]:
     constant = window_constant(e, c)
-    return {} if constant is None else _by_prompt(c, calibrations(np.array(constant), c.j, c.gamma))
+    if constant is None:
+        return {}
+    return _by_prompt(c.prompts, calibrations(np.array(constant), c.j, c.gamma))
 
 
-def _by_prompt(c: Cell, values: np.ndarray) -> dict[str, list[float]]:
+def _by_prompt(prompts: Sequence[str], values: Sequence[float]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
-    for prompt, value in zip(c.prompts, values, strict=True):
+    for prompt, value in zip(prompts, values, strict=True):
         found.setdefault(prompt, []).append(float(value))
     return found
 
@@ -104,14 +138,15 @@ def predictors(t: Tables) -> Table:
         return over(t.evaluations, values)
 
     def recalibrated(fit: Callable) -> Callable:
-        """The base model's scores for these answers, through a fit on its window scores."""
+        """The base model's scores for these answers, through a fit on those for the window's."""
 
         def predict(e: Evaluation, c: Cell) -> np.ndarray | None:
             read = c.digits.get(t.base, {})
             if not e.window or not all(k in read and read[k]["scores"] for k in c.keys):
                 return None
             scores = np.array([read[k]["scores"] for k in c.keys]).reshape(-1, 5)
-            return fit(e.window.s, e.window.j, scores) if len(scores) else None
+            known = e.window.fit
+            return fit(*known, scores) if len(scores) and len(known[0]) else None
 
         return predict
 
@@ -131,7 +166,8 @@ def predictors(t: Tables) -> Table:
 
     def row(b: str, m: str) -> list[str]:
         return [
-            b, m, show(mean(b, m, lambda e, c: c.s)), show(mean(b, m, window_constant)),
+            b, m, show(mean(b, m, lambda e, c: c.s)), show(t.mean(b, m, lambda c: read_by(c, m))),
+            show(mean(b, m, window_constant)),
             show(mean(b, m, lambda e, c: metrics.best_constant(c.j.tolist(), c.gamma) if c.valid
                       else None)),
             show(t.statistic(b, m, lambda e: (
@@ -150,16 +186,17 @@ def predictors(t: Tables) -> Table:
 
     return Table(
         "Calibration beside predictors that know less",
-        "Window constant: the best one vector on the training window's judgements. Test constant: "
+        "Most probable: the digits it finds most probable, not those it sampled. Window constant: "
+        "the best one vector on the training window's judgements. Test constant: "
         "on these very answers. Shuffled: the model's scores against other answers, across and "
         f"within prompts. Offset, isotonic: {t.base}'s scores for these answers, recalibrated on "
         "the window. Surface: length and form, fitted on the window. Other samples: the judge's "
         "mean for the prompt's other answers. References: the mean human label of the prompt's "
         "reference responses. Ceiling: the judge against itself. Skill: "
         "(calibration - window constant) / (ceiling - window constant).",
-        ["benchmark", "model", "its scores", "window constant", "test constant", "shuffled",
-         "within", "offset", "isotonic", "surface", "other samples", "references", "ceiling",
-         "skill"],
+        ["benchmark", "model", "its scores", "most probable", "window constant", "test constant",
+         "shuffled", "within", "offset", "isotonic", "surface", "other samples", "references",
+         "ceiling", "skill"],
         [row(b, m) for b, m in t.each()],
     )  # fmt: skip
 
@@ -183,6 +220,7 @@ def skill(e: Evaluation, c: Cell) -> tuple[Statistic, Sequence]:
     def value(index: np.ndarray, _: Sequence) -> float | None:
         if not (count := counts[index].sum()):
             return None
+        index = index[counts[index] > 0]  # all three on the answers that were judged repeatedly
         own, top = c.calibration[index].mean(), tops[index].sum() / count
         return controls.skill(own, fixed[index].mean(), top)
 
@@ -193,17 +231,19 @@ def skill(e: Evaluation, c: Cell) -> tuple[Statistic, Sequence]:
 # Whose scores are they?
 
 
+def read_by(c: Cell, scorer: str) -> Values:
+    """Calibration of a scorer's most probable digits behind this cell's answers."""
+    read = c.digits.get(scorer, {})
+    at = [i for i, k in enumerate(c.keys) if k in read and read[k]["scores"]]
+    s = np.array([read[c.keys[i]]["scores"] for i in at]).reshape(-1, 5)
+    return calibrations(s, c.j[at], c.gamma), [c.prompts[i] for i in at]
+
+
 def swap(t: Tables) -> Table:
     """The answer x scorer swap: calibration of every model's scores for every model's answers."""
 
     def cell(b: str, answers: str, scorer: str) -> Interval:
-        def values(c: Cell) -> Values:
-            read = c.digits.get(scorer, {})
-            at = [i for i, k in enumerate(c.keys) if k in read and read[k]["scores"]]
-            s = np.array([read[c.keys[i]]["scores"] for i in at]).reshape(-1, 5)
-            return calibrations(s, c.j[at], c.gamma), [c.prompts[i] for i in at]
-
-        return t.mean(b, answers, values)
+        return t.mean(b, answers, lambda c: read_by(c, scorer))
 
     return Table(
         "Answers by one model, scores by another: calibration",

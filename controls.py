@@ -322,12 +322,15 @@ def escalation(
     own: Sequence[float], judge: Sequence[float], stronger: Sequence[float], share: float
 ) -> Use:
     """Mean quality when the given share of prompts goes to a stronger model: those that the model
-    rates lowest (ties by order), random ones, or those that gain most."""
+    rates lowest (of equally rated ones random ones), random ones, or those that gain most."""
     own, judge, stronger = (np.asarray(x, float) for x in (own, judge, stronger))
     k, gain = round(share * len(judge)), stronger - judge
+    even = np.empty(len(gain))
+    for level in np.unique(own):
+        even[own == level] = gain[own == level].mean()
     picked, best = np.argsort(own, kind="stable")[:k], np.sort(gain)[::-1][:k]
     return Use(
-        float(judge.mean() + gain[picked].sum() / len(judge)),
+        float(judge.mean() + even[picked].sum() / len(judge)),
         float(judge.mean() + k / len(judge) * gain.mean()),
         float(judge.mean() + best.sum() / len(judge)),
     )

@@ -38,8 +38,9 @@ from logbook import checkpoints
 from metrics import (
     Estimate,
     best_constant,
-    constant_top_k,
     correlation,
+    frequent_digits,
+    share_among,
     shuffled_calibration,
     top_k_accuracy,
 )
@@ -160,7 +161,8 @@ def figures(point: Point) -> dict[str, float | None]:
             r.self_scores[a] - r.judge_scores[a] for r in valid for a in (0, 1)
         ) / (2 * len(valid)),
         "top-5": top_k_accuracy(Reader(point.checkpoint, "float32").own(valid), judge),
-        "  of a constant ranking": constant_top_k(judge),
+        "  of a constant ranking": sum(share_among(frequent_digits(judge), j) for j in judge)
+        / len(judge),
     }  # fmt: skip
 
 

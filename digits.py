@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 import parallel
@@ -46,6 +47,8 @@ class Reader:
 
     def __init__(self, folder: Path, dtype: str):
         self.model = load_model(folder, getattr(torch, dtype)).to(parallel.device()).eval()
+        # fp32, because logits rounded to bf16 tie, and a tie would go to the smaller digit.
+        self.head = self.model.lm_head.weight.float()  # (V, D)
         self.tokenizer = load_tokenizer(folder)
 
     @torch.inference_mode()
@@ -141,7 +144,7 @@ class Reader:
 
     def _digits(self, hidden: torch.Tensor, tens: Sequence[Sequence[int]]) -> list[list[float]]:
         """hidden (n, D), the ten ids of each -> log-probabilities (n, 10)."""
-        logp = self.model.lm_head(hidden).float().log_softmax(-1)  # (n, V)
+        logp = F.linear(hidden.float(), self.head).log_softmax(-1)  # (n, V)
         return logp.gather(1, self._tensor(tens)).tolist()
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -29,7 +29,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -55,7 +55,15 @@ from prompts import EXAMPLES, FEW_SHOT, OPEN
 from reward import RewardConfig
 from rollout import Collector, Inputs, read_inputs
 from sampler import EngineConfig, SamplingParams, choose, make_sampler
-from sources import MODELS, STRONGER, rollouts_of, scores_file
+from sources import (
+    MODELS,
+    STRONGER,
+    WINDOW,
+    answer_id,
+    first_cycle,
+    rollouts_of,
+    scores_file,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +199,14 @@ def prepare(cell: Cell) -> Inputs:
     answer. Raises ValueError."""
     make_judge(cell, cell.folder / LEDGER, parallel.ranks())
     inputs = read_inputs(cell)
+    if cell.window and (judges := {r.judge_model for r in first_cycle(Path(cell.window))}):
+        name = make_judge(cell, cell.folder / LEDGER, parallel.ranks()).name
+        if judges != {name}:
+            raise ValueError(
+                f"--window {cell.window} was judged by {', '.join(sorted(judges))} and not by "
+                f"{name}: predictors fitted on it would foretell another judge; give the run's "
+                "judge, or another run"
+            )
     trained = window_prompts(Path(cell.window)) if cell.window else {}
     prompts = [p for p in inputs.prompts if p.id not in trained]
     double = near_duplicates(prompts, [*trained.values(), *examples(cell)])
@@ -212,7 +228,7 @@ def prepare(cell: Cell) -> Inputs:
         prompts = [prompts[i] for i in sorted(chosen)]
     check_same_config(cell.folder, cell, MAY_CHANGE)
     fetch_weights(cell.model)
-    return inputs._replace(prompts=prompts)
+    return inputs._replace(prompts=prompts, near_duplicates=sum(double))
 
 
 def window_prompts(run: Path) -> dict[str, Prompt]:
@@ -277,25 +293,32 @@ def answer(cell: Cell, inputs: Inputs, sampler) -> dict[str, Estimate]:
         clock=Clock(),
     )
     path = folder / "rollouts.jsonl"
-    on_file = {r.key: r for r in buffer.read(path)}
     # A step is one sampler batch on every rank: what a kill can cost.
     size = max(1, cell.sample_rows // cell.samples) * parallel.world_size()
     steps = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    # Answers on file count whatever the step in which other ranks or rows had them sampled.
+    step_of = {p.id: step for step, batch in enumerate(steps, 1) for p in batch}
+    on_file = {
+        (step_of[r.prompt_id], r.prompt_id, r.sample): r
+        for r in buffer.read(path)
+        if r.prompt_id in step_of and r.weight_version == sampler.weight_version
+    }
+    parallel.barrier()  # every rank has read the file before one writes
     bar = tqdm(steps, desc=f"evaluating {cell.name}", leave=False, disable=parallel.rank() != 0)
     for step, batch in enumerate(bar, 1):
         collector.collect(0, step, batch, on_file, path, sampler.weight_version)
-    # Only what this call asked for: other numbers of ranks or rows make other steps.
-    asked = {(step, p.id) for step, batch in enumerate(steps, 1) for p in batch}
-    answered = sorted(buffer.read(path), key=lambda r: r.key)
-    rows = [
-        (r.prompt_id, r.self_scores, r.judge_scores)
-        for r in answered
-        if (r.step, r.prompt_id) in asked and r.weight_version == sampler.weight_version
-    ]
+    answered = {
+        (r.prompt_id, r.sample): r
+        for r in buffer.read(path)
+        if r.prompt_id in step_of and r.weight_version == sampler.weight_version
+    }
+    rows = [(r.prompt_id, r.self_scores, r.judge_scores)
+            for _, r in sorted(answered.items())]  # fmt: skip
     table = summarise(rows, cell.reward.gamma)
     if parallel.rank() == 0:
         shown = sum(bool(p.references) for p in prompts) if cell.use_references else 0
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
+        summary["near_duplicates"] = inputs.near_duplicates  # before --limit
         summary["metrics"] = {name: estimate._asdict() for name, estimate in table.items()}
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
     return table
@@ -306,19 +329,31 @@ def spoken(r: Rollout) -> str:
     return r.answer if r.answer is not None else r.text.partition(OPEN)[0].strip()
 
 
-def missing(path: Path, version: str, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts of which the file has no line under this version, this rank's share."""
+CHUNK = 64  # answers between two writes: what a kill can cost
+
+
+def chunks(
+    path: Path, version: str, rollouts: Sequence[Rollout], label: str
+) -> Iterator[tuple[Sequence[Rollout], set[str]]]:
+    """This rank's chunks of which the file lacks lines under this version, and the answers that
+    lack one. A chunk is read whole, so that a figure does not depend on a kill or on the ranks."""
     lines = [row for _, _, row in read_lines(path)] if path.exists() else []
-    there = {(x["prompt_id"], x["sample"]) for x in lines if x["version"] == version}
-    left = [r for r in rollouts if (r.prompt_id, r.sample) not in there and spoken(r)]
-    return left[parallel.rank() :: parallel.world_size()]
+    there = {(x["prompt_id"], x["sample"], x["answer_id"]) for x in lines
+             if x["version"] == version}  # fmt: skip
+    rows = [r for r in rollouts if spoken(r)]
+    parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    todo = []
+    for part in parts[parallel.rank() :: parallel.world_size()]:
+        lacking = {r.key for r in part if (r.prompt_id, r.sample, answer_id(r)) not in there}
+        todo += [(part, lacking)] * bool(lacking)
+    parallel.barrier()  # every rank has read the file before one writes
+    yield from tqdm(todo, desc=label, leave=False, disable=parallel.rank() != 0 or not todo)
+    parallel.barrier()
 
 
 def line_of(r: Rollout, version: str, **values: object) -> dict:
-    return {"prompt_id": r.prompt_id, "sample": r.sample, "version": version, **values}
-
-
-CHUNK = 64  # answers between two writes: what a kill can cost
+    return {"prompt_id": r.prompt_id, "sample": r.sample, "version": version,
+            "answer_id": answer_id(r), **values}  # fmt: skip
 
 
 def read_digits(cell: Cell, scorer: str, reader: Reader, version: str) -> None:
@@ -326,18 +361,27 @@ def read_digits(cell: Cell, scorer: str, reader: Reader, version: str) -> None:
     blocks."""
     path = cell.folder / f"digits_{scorer}.jsonl"
     rollouts = rollouts_of(cell.folder)
-    version = f"{version} on {rollouts[0].weight_version}"
-    todo = missing(path, version, rollouts)
-    parallel.barrier()  # every rank has read the file before one writes
     own_cell = cell.folder.name == scorer
-    for rows in chunks(todo, f"{scorer} reads {cell.name}"):
+    for rows, lacking in chunks(path, version, rollouts, f"{scorer} reads {cell.name}"):
         readings = reader.read([Question(r.prompt_ids, spoken(r), r.judge_scores) for r in rows])
         blocks = [r for r in rows if own_cell and r.score_positions is not None]
         own = dict(zip(map(id, blocks), reader.own(blocks), strict=True))
         for r, reading in zip(rows, readings, strict=True):
             values = reading._asdict() if reading else dict.fromkeys(Reading._fields)
-            append_line(path, line_of(r, version, **values, own=own.get(id(r))))
-    parallel.barrier()
+            if r.key in lacking:
+                append_line(path, line_of(r, version, **values, own=own.get(id(r))))
+
+
+def read_window(config: EvalConfig, reader: Reader, version: str) -> None:
+    """The base model's scores for the answers of the window's first cycle, on which it is
+    recalibrated."""
+    path = Path("results") / config.name / WINDOW
+    rollouts = first_cycle(Path(config.window))
+    for rows, lacking in chunks(path, version, rollouts, "the base reads the window"):
+        found = reader.read([Question(r.prompt_ids, r.answer) for r in rows])
+        for r, reading in zip(rows, found, strict=True):
+            if r.key in lacking:
+                append_line(path, line_of(r, version, scores=reading and reading.scores))
 
 
 def read_sensitivity(cell: Cell, reader: Reader, version: str) -> None:
@@ -348,10 +392,7 @@ def read_sensitivity(cell: Cell, reader: Reader, version: str) -> None:
     by_prompt = {r.prompt_id: r.answer for r in rollouts}
     ids = list(by_prompt)
     another = {p: by_prompt[q] for p, q in zip(ids, ids[1:] + ids[:1], strict=True)}
-    version = f"{version} on {rollouts[0].weight_version}" if rollouts else version
-    todo = missing(path, version, rollouts)
-    parallel.barrier()
-    for rows in chunks(todo, f"{cell.name}, exchanged and cut"):
+    for rows, lacking in chunks(path, version, rollouts, f"{cell.name}, exchanged and cut"):
         texts = {
             "as_it_is": [r.answer for r in rows],
             "another": [another[r.prompt_id] for r in rows],
@@ -364,14 +405,11 @@ def read_sensitivity(cell: Cell, reader: Reader, version: str) -> None:
             for kind, found in texts.items()
         }  # fmt: skip
         for k, r in enumerate(rows):
-            append_line(path, line_of(r, version, **{kind: x[k] for kind, x in scores.items()}))
-    parallel.barrier()
-
-
-def chunks(rows: Sequence[Rollout], label: str) -> Iterable[Sequence[Rollout]]:
-    starts = range(0, len(rows), CHUNK)
-    bar = tqdm(starts, desc=label, leave=False, disable=parallel.rank() != 0 or not rows)
-    return (rows[i : i + CHUNK] for i in bar)
+            found = {kind: x[k] for kind, x in scores.items()}
+            if len(ids) < 2:
+                found["another"] = None  # there is no other prompt's answer
+            if r.key in lacking:
+                append_line(path, line_of(r, version, **found))
 
 
 def write_lines(path: Path, lines: Sequence[dict]) -> None:
@@ -390,7 +428,8 @@ def judge_more(config: EvalConfig, cell: Cell, prompts: dict[str, Prompt]) -> No
     rollouts = rollouts_of(cell.folder)
     valid = [r for r in rollouts if r.judge_scores is not None]
     malformed = [r for r in rollouts if r.judge_scores is None and spoken(r)]
-    repeated = valid[: config.repeat_answers] if config.repeat > 1 else []
+    drawn = random.Random(config.seed).sample(valid, min(config.repeat_answers, len(valid)))
+    repeated = sorted(drawn, key=lambda r: r.key) if config.repeat > 1 else []
     work = [(cell, [(malformed, 1), (repeated, config.repeat)])]
     work += [(held_out(cell, name), [(valid, 1)]) for name in config.judges]
     for judged, parts in work:
@@ -404,7 +443,8 @@ def judge_more(config: EvalConfig, cell: Cell, prompts: dict[str, Prompt]) -> No
                 lines += [
                     line_of(r, r.weight_version, draw=d, scores=s) for d, s in enumerate(draws)
                 ]
-        write_lines(cell.folder / scores_file(judged.judge), lines)
+        path = cell.folder / scores_file(judged.judge)
+        write_lines(path, [*kept(path, lines, rollouts), *lines])
 
 
 def judge_stronger(base: Cell, prompts: dict[str, Prompt], answers: dict[str, str]) -> None:
@@ -418,6 +458,19 @@ def judge_stronger(base: Cell, prompts: dict[str, Prompt], answers: dict[str, st
     lines = [{"prompt_id": p, "version": "", "scores": scores}
              for p, [scores] in zip(answers, found, strict=True)]  # fmt: skip
     write_lines(base.folder.parent / STRONGER, lines)
+
+
+def kept(path: Path, lines: Sequence[dict], rollouts: Sequence[Rollout]) -> list[dict]:
+    """What an earlier call with other options has paid for: its lines about answers that are still
+    the cell's and not among the new lines."""
+
+    def key(x: dict) -> tuple:
+        return x["prompt_id"], x["sample"], x["answer_id"], x["draw"]
+
+    now = {(r.prompt_id, r.sample, answer_id(r)) for r in rollouts}
+    new = {key(x) for x in lines}
+    before = [row for _, _, row in read_lines(path)] if path.exists() else []
+    return [x for x in before if key(x) not in new and key(x)[:3] in now]
 
 
 def prefer_over(base: Cell, cell: Cell, prompts: dict[str, Prompt]) -> None:
@@ -471,6 +524,8 @@ def run(
             reader, version = Reader(folder, config.dtype), weights_id(folder)
             for cell in table.values() if "digits" in config.stages else ():
                 read_digits(cell, scorer, reader, version)
+            if config.window and scorer == models[0] and "digits" in config.stages:
+                read_window(config, reader, version)
             for cell in of[scorer].values() if "sensitivity" in config.stages else ():
                 read_sensitivity(cell, reader, version)
         error = None
@@ -497,6 +552,8 @@ def main() -> None:
     try:
         config = dataclasses.replace(config, sampler=choose(config.sampler))
         table = cells(config)
+        if config.judge in config.judges:
+            raise ValueError(f"--judges: {config.judge} is the judge already; name others")
         read = {key: prepare(cell) for key, cell in table.items()}
         stronger = stronger_answers(config, table, read)
         for cell in table.values():

@@ -9,7 +9,7 @@ are a malformed response."""
 
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import median_low
@@ -135,11 +135,18 @@ def top_k_accuracy(
     return sum(hits) / len(hits) if hits else None
 
 
-def constant_top_k(judge: Sequence[Scores], k: int = 5) -> float | None:
-    """The same for one ranking of the digits by attribute, taken from these judge scores: its hits
-    are the k most frequent digits."""
-    hits = [n for scores in zip(*judge, strict=True) for _, n in Counter(scores).most_common(k)]
-    return sum(hits) / (len(judge) * len(ATTRIBUTES)) if judge else None
+def frequent_digits(judge: Sequence[Scores], k: int = 5) -> list[list[int]]:
+    """Of each attribute the k digits that the judge gives most often, smaller ones first among
+    equals: one ranking for all responses."""
+    return [
+        sorted(range(10), key=lambda digit, scores=scores: (-scores.count(digit), digit))[:k]
+        for scores in zip(*judge, strict=True)
+    ]
+
+
+def share_among(digits: Sequence[Sequence[int]], scores: Scores) -> float:
+    """Share of an answer's five scores that are among these digits of their attribute."""
+    return sum(s in ten for s, ten in zip(scores, digits, strict=True)) / len(scores)
 
 
 # --------------------------------------------------------------------------------------------------

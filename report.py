@@ -57,7 +57,7 @@ class Command:
     """Which models, the base first; none: all."""
     show: int = 200
     """Answers of each model to each benchmark on the page, and of each run, evenly from its cycles;
-    0: all."""
+    as many malformed ones at most; 0: all."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +201,9 @@ def answers(cells: Sequence[Cell], limit: int) -> list[dict]:
         for cycle in sorted(cycles):
             own = [r for r in c.rollouts if r.cycle == cycle]
             own.sort(key=lambda r: -_distance(r))
-            for r in own[: max(1, limit // len(cycles)) if limit else None]:
+            most = max(1, limit // len(cycles)) if limit else None
+            malformed = [r for r in own if r.judge_scores is None]
+            for r in (*[r for r in own if r.judge_scores is not None][:most], *malformed[:most]):
                 found.append({
                     "benchmark": c.benchmark, "model": c.model, "rollout": r,
                     "cycle": trained if trained is not None else cycle, "distance": _distance(r),

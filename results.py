@@ -2,18 +2,18 @@
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from buffer import Rollout, read
+from buffer import Rollout
 from controls import Shuffled, calibrations, shuffled
 from data import Prompt, load_prompts
 from hub import data_file
 from ledger import read_lines
 from prompts import Scores, transcript
-from sources import MODELS, STRONGER, rollouts_of, scores_file
+from sources import MODELS, STRONGER, WINDOW, answer_id, first_cycle, rollouts_of, scores_file
 
 Key = tuple[str, int]  # prompt id, sample
 TRAINING = "training"  # stands for the benchmark where a run's own rollouts are shown
@@ -31,6 +31,7 @@ class Cell:
     digits: dict[str, dict[Key, dict]] = field(default_factory=dict)  # scorer -> lines by answer
     sensitivity: list[dict] = field(default_factory=list)
     preferences: list[dict] = field(default_factory=list)
+    summary: dict = field(default_factory=dict)
 
     @cached_property
     def valid(self) -> list[Rollout]:
@@ -96,12 +97,17 @@ class Window:
     """The training window's judgements, on which trivial predictors are fitted."""
 
     rollouts: list[Rollout]
+    base: dict[str, Scores]  # the base model's most probable scores for them, by answer's id
 
-    @property
-    def s(self) -> np.ndarray:
-        return np.array([r.self_scores for r in self.rollouts])
+    @cached_property
+    def fit(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n, 5) twice: the base model's scores and the judge's."""
+        read = [(self.base[a], r.judge_scores) for r in self.rollouts
+                if (a := answer_id(r)) in self.base]  # fmt: skip
+        s, j = zip(*read, strict=True) if read else ((), ())
+        return np.array(s).reshape(-1, 5), np.array(j).reshape(-1, 5)
 
-    @property
+    @cached_property
     def j(self) -> np.ndarray:
         return np.array([r.judge_scores for r in self.rollouts])
 
@@ -130,26 +136,33 @@ def load(folder: Path) -> Evaluation:
 
     for known in sorted(folder.glob("*/*/config.json"), key=place):
         path, config = known.parent, json.loads(known.read_text())
+        rollouts = sorted(rollouts_of(path), key=lambda r: (r.prompt_id, r.sample))
+        known = {(r.prompt_id, r.sample): answer_id(r) for r in rollouts}
+        about = partial(rows, answers=known)
         digits = {
-            p.stem.removeprefix("digits_"): {(x["prompt_id"], x["sample"]): x for x in rows(p)}
+            p.stem.removeprefix("digits_"): {(x["prompt_id"], x["sample"]): x for x in about(p)}
             for p in path.glob("digits_*.jsonl")
         }
-        judged = {p.name: rows(p) for p in path.glob("scores_*.jsonl")}
+        judged = {p.name: about(p) for p in path.glob("scores_*.jsonl")}
         cells[path.parent.name, path.name] = Cell(
-            path.parent.name, path.name, config,
-            sorted(rollouts_of(path), key=lambda r: (r.prompt_id, r.sample)), judged, digits,
-            rows(path / "sensitivity.jsonl"), rows(path / "preferences.jsonl"),
+            path.parent.name, path.name, config, rollouts, judged, digits,
+            about(path / "sensitivity.jsonl"), about(path / "preferences.jsonl"),
+            json.loads(summary.read_text()) if (summary := path / "summary.json").exists() else {},
         )  # fmt: skip
     if not cells:
         raise ValueError(f"{folder}: no results of evaluate.py there; give results/NAME")
     run = next(iter(cells.values())).config.get("window")
-    first = read(Path(run) / "rollouts" / "cycle_01.jsonl") if run else []
-    judged = [r for r in first if r.judge_scores is not None]
+    judged = first_cycle(Path(run)) if run else []
+    if run and not judged:
+        raise ValueError(
+            f"{run}: the training window's rollouts are not there; run this where evaluate.py ran"
+        )
+    base = {x["answer_id"]: tuple(x["scores"]) for x in rows(folder / WINDOW) if x["scores"]}
     stronger = {
         path.parent.name: {x["prompt_id"]: tuple(x["scores"]) for x in rows(path)}
         for path in folder.glob(f"*/{STRONGER}")
     }
-    return Evaluation(folder, cells, Window(judged) if judged else None, stronger)
+    return Evaluation(folder, cells, Window(judged, base) if judged else None, stronger)
 
 
 def load_run(folder: Path) -> Cell:
@@ -160,7 +173,10 @@ def load_run(folder: Path) -> Cell:
     return Cell(TRAINING, folder.name, config, rollouts_of(folder))
 
 
-def rows(path: Path) -> list[dict]:
-    """A file's lines on the newest weights."""
+def rows(path: Path, answers: dict[Key, str] | None = None) -> list[dict]:
+    """A file's lines on the newest weights; those about `answers` (their ids), where given."""
     found = [row for _, _, row in read_lines(path)] if path.exists() else []
-    return [row for row in found if row["version"] == found[-1]["version"]]
+    found = [row for row in found if row["version"] == found[-1]["version"]]
+    if answers is None:
+        return found
+    return [x for x in found if answers.get((x["prompt_id"], x["sample"])) == x["answer_id"]]

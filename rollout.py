@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     prompts: list[Prompt]  # those within the prompt limit, in file order
     prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the whole policy prompt
     too_long: int  # prompts over the limit
+    near_duplicates: int = 0  # evaluation only: nearly a training prompt or a few-shot example
 
 
 def read_inputs(config) -> Inputs:

@@ -4,6 +4,7 @@ A source is a run's folder runs/NAME, an evaluation's results/NAME (a source for
 BENCHMARK/MODEL) or one of its cells, or a file that `export` wrote: one file from which every
 figure can be computed again, and which `--judge replay:FILE` reads."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ def load(path: Path) -> list[Source]:
 
 
 MODELS = "models.json"  # in results/NAME: an evaluation's models, the base first
+WINDOW = "window.jsonl"  # in results/NAME: the base's scores for the window's answers
 STRONGER = "stronger.jsonl"  # in results/NAME/BENCHMARK: judgements of a stronger model's answers
 
 
@@ -88,6 +90,17 @@ def rollouts_of(folder: Path) -> list[Rollout]:
     newest = [r for r in rows if r.weight_version == rows[-1].weight_version]
     one_each = {(r.prompt_id, r.sample): r for r in newest}
     return sorted(one_each.values(), key=lambda r: r.key)
+
+
+def first_cycle(run: Path) -> list[Rollout]:
+    """The judged rollouts of a run's first cycle."""
+    rollouts = buffer.read(run / "rollouts" / "cycle_01.jsonl")
+    return [r for r in rollouts if r.judge_scores is not None]
+
+
+def answer_id(r: Rollout) -> str:
+    """Tells whether a line about an answer is about this very one."""
+    return hashlib.blake2b(repr(r.response_ids).encode(), digest_size=6).hexdigest()
 
 
 def export(sources: Sequence[Source], path: Path) -> None:

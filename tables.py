@@ -6,9 +6,9 @@ well-formed rate stands first. The paper's figures stand beside ours only where 
 benchmark are the paper's.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -90,9 +90,9 @@ def show(x: Interval | float | None, paper: float | None = None) -> str:
 
 def settings(c: Cell) -> dict:
     """What figures in one table must share."""
-    return {k: c.config[k] for k in ("judge", "template", "few_shot", "samples")} | c.config[
-        "sampling"
-    ]
+    names = ("judge", "template", "few_shot", "samples", "limit", "prompt_tokens", "dtype",
+             "use_references", "drop_duplicates")  # fmt: skip
+    return {k: c.config[k] for k in names} | {"gamma": c.gamma} | c.config["sampling"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,9 +138,17 @@ class Tables:
                     "one setting, and those of others with --beside"
                 )
         self.judge = self.settings["judge"]
-        self.papers_setting = (
-            self.judge.startswith("gpt-5.4") and self.settings["template"] == "paper"
-        )
+        known = {"template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0,
+                 "use_references": True, "drop_duplicates": False}  # fmt: skip
+        self.papers_setting = bool(
+            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge)
+        ) and all(self.settings[k] == v for k, v in known.items())
+        for e in evaluations:
+            if lacking := [key for key in self.each() if key not in e.cells]:
+                raise ValueError(
+                    f"{e.folder}: no answers of model {lacking[0][1]} to {lacking[0][0]}; finish "
+                    "evaluate.py, or choose models with --models"
+                )
 
     def each(self) -> Iterator[tuple[str, str]]:
         return ((b, m) for b in self.benchmarks for m in self.models)
@@ -183,7 +191,8 @@ class Tables:
     def main_table(self) -> Table:
         return Table(
             "Tables 1 and 2: quality and calibration",
-            f"Judge {self.judge}; {self.decoding()}; well-formed responses only.",
+            f"Judge {self.judge}; {self.decoding()}; well-formed responses only. "
+            + self.near_duplicates(),
             ["benchmark", "model", *MAIN],
             [
                 [b, m, *(show(self.mean(b, m, of), self.paper(b, m, name))
@@ -191,6 +200,17 @@ class Tables:
                 for b, m in self.each()
             ],
         )  # fmt: skip
+
+    def near_duplicates(self) -> str:
+        done = "left out" if self.settings["drop_duplicates"] else "kept"
+        found = [(b, self.first[b, self.base].summary.get("near_duplicates"))
+                 for b in self.benchmarks]  # fmt: skip
+        return (
+            "Prompts that are nearly a training prompt or a few-shot example ("
+            + done
+            + "): "
+            + (", ".join(f"{b} {'not counted' if n is None else n}" for b, n in found) + ".")
+        )
 
     def decoding(self) -> str:
         t = self.settings["temperature"]
@@ -244,7 +264,8 @@ class Tables:
         """Table 3: the same answers by held-out judges."""
 
         def by(cell: Cell, judge: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-            given = {(x["prompt_id"], x["sample"]): x["scores"] for x in cell.judged[judge]}
+            lines = cell.judged.get(judge, [])
+            given = {(x["prompt_id"], x["sample"]): x["scores"] for x in lines}
             at = [i for i, k in enumerate(cell.keys) if k in given]
             scores = np.array([given[cell.keys[i]] for i in at]).reshape(-1, 5)
             return cell.s[at], scores, [cell.prompts[i] for i in at]
@@ -281,25 +302,26 @@ class Tables:
                      for r, x in own_digits(c)]  # fmt: skip
             return [v for v, _ in found], [p for _, p in found]
 
-        def constant(e: Evaluation, b: str, m: str) -> tuple[Statistic, Sequence]:
-            read = [r for r, _ in own_digits(e[b, m])]
-            return (
-                lambda index, _: metrics.constant_top_k([read[i].judge_scores for i in index]),
-                [r.prompt_id for r in read],
-            )
+        def constant(e: Evaluation, c: Cell, fitted_on_window: bool) -> Values:
+            scores = [(r.judge_scores, r.prompt_id) for r, _ in own_digits(c)]
+            if fitted_on_window and not e.window:
+                return [], []
+            known = e.window.j.tolist() if fitted_on_window else [j for j, _ in scores]
+            digits = metrics.frequent_digits(known)
+            return [metrics.share_among(digits, j) for j, _ in scores], [p for _, p in scores]
+
+        def constants(b: str, m: str) -> list[str]:
+            return [show(over(self.evaluations, lambda e, on=on: constant(e, e[b, m], on)))
+                    for on in (True, False)]  # fmt: skip
 
         return Table(
             "Table 4: top-5 accuracy",
             "Share of the judge's digits among the model's five most probable, on its own block; "
-            "beside it what one ranking of the digits reaches that is taken from the same answers.",
-            ["benchmark", "model", "top-5", "constant ranking"],
+            "beside it what one ranking of the digits for all answers reaches, taken from the "
+            "training window's judgements, or from those of these very answers.",
+            ["benchmark", "model", "top-5", "window ranking", "test ranking"],
             [
-                [
-                    b,
-                    m,
-                    show(self.mean(b, m, hits), self.paper(b, m, "top-5")),
-                    show(self.statistic(b, m, partial(constant, b=b, m=m))),
-                ]
+                [b, m, show(self.mean(b, m, hits), self.paper(b, m, "top-5")), *constants(b, m)]
                 for b, m in self.each()
                 if own_digits(self.first[b, m])
             ],

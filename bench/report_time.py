@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from buffer import Rollout  # noqa: E402
 from evaluate import Cell  # noqa: E402
 from prompts import render_response  # noqa: E402
+from sources import answer_id  # noqa: E402
 
 PROMPTS, MODELS = 805, ("base", "see")
 
@@ -82,7 +83,8 @@ def answer(rng: random.Random, prompt: int) -> Rollout:
 
 
 def line(r: Rollout, **values: object) -> dict:
-    return {"prompt_id": r.prompt_id, "sample": r.sample, "version": "v", **values}
+    return {"prompt_id": r.prompt_id, "sample": r.sample, "version": "v",
+            "answer_id": answer_id(r), **values}  # fmt: skip
 
 
 def write(path: Path, rows: list[dict]) -> None:

@@ -227,6 +227,9 @@ def test_escalation():
     # Gains 0.7, 0.6, 0.1, -0.4; half of four: lowest rated are the first and third.
     got = controls.escalation(own, judge, stronger, 0.5)
     assert got == pytest.approx((0.5 + 0.8 / 4, 0.5 + 0.5 * 0.25, 0.5 + 1.3 / 4))
+    # A model that rates all alike does as chance does, whatever the order of the file.
+    same = controls.escalation([5] * 4, judge, stronger, 0.5)
+    assert same.by_self == pytest.approx(same.random)
     assert controls.escalation(own, judge, stronger, 0.0) == pytest.approx((0.5, 0.5, 0.5))
 
 

@@ -20,6 +20,7 @@ import cycle
 import prompts
 from logbook import Clock, read_metrics
 from presets import PRESETS
+from sources import answer_id
 
 
 def test_the_clock_adds_up():
@@ -43,6 +44,10 @@ def test_the_alarm(monkeypatch, capsys, gap, alarmed):
     monkeypatch.setattr(cycle, "rl_step", lambda *a, **k: {"logprob_gap": gap})
     assert run._rl_step(None, None, [], []) == {"logprob_gap": gap}
     assert ("differ by 0.200 nats" in capsys.readouterr().out) == alarmed
+
+
+def summary_of(cell) -> dict:
+    return json.loads((cell / "summary.json").read_text())
 
 
 def weights(run) -> bytes:
@@ -141,7 +146,16 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     first = (cell / "summary.json").read_text()
     finish(start_ranks(2, evaluate, tmp_path))  # all is on file: nothing is sampled
     assert (cell / "summary.json").read_text() == first
-    finish(start_ranks(1, [*evaluate, "--sample_rows", "3"], tmp_path))  # other steps: all anew
+    finish(start_ranks(1, [*evaluate, "--sample_rows", "3"], tmp_path))  # other steps, same answers
+    assert buffer.read(cell / "rollouts.jsonl") == answers
+    ids = {(r.prompt_id, r.sample): answer_id(r) for r in answers}
+    read = [json.loads(line) for line in (cell / "digits_after.jsonl").read_text().splitlines()]
+    assert read and all(x["answer_id"] == ids[x["prompt_id"], x["sample"]] for x in read)
+    window_read = (tmp_path / "results" / "x" / "window.jsonl").read_text().splitlines()
+    assert len(window_read) == sum(
+        r.judge_scores is not None for r in buffer.read(run / "rollouts" / "cycle_01.jsonl")
+    )
+    assert summary_of(cell)["near_duplicates"] >= 0
     again = json.loads((cell / "summary.json").read_text())
     assert again["metrics"]["well_formed"]["n"] == 12
     (cell / "summary.json").write_text(first)

@@ -8,15 +8,17 @@ import time
 
 import pytest
 import torch
-from conftest import REQUESTS, ROOT, finish, start_ranks
+from conftest import REQUESTS, ROOT, finish, make_rollout, start_ranks
 from transformers import AutoModelForCausalLM
 
+import buffer
 import evaluate
 import prompts
 from data import Prompt, load_prompts, near_duplicates
 from digits import Question, Reader
 from ledger import read_lines
 from rollout import Inputs
+from sampler import SamplingParams
 from sources import rollouts_of
 
 
@@ -202,6 +204,28 @@ def test_a_held_out_judge_without_a_key_is_named_before_anything(
     with pytest.raises(SystemExit, match="claude-sonnet-4-6 needs a key: set ANTHROPIC_API_KEY"):
         evaluate.main()
     assert not list(tmp_path.iterdir()) and not fake_judge.bodies
+
+
+def test_a_window_of_another_judge_is_refused(tmp_path, parrot_folder, prompt_file, tokenizer):
+    (tmp_path / "rollouts").mkdir()
+    buffer.append(tmp_path / "rollouts" / "cycle_01.jsonl", make_rollout(tokenizer))
+    cell = evaluate.Cell(
+        model=str(parrot_folder), data=str(prompt_file), name="x", judge="heuristic",
+        template="short", prompt_tokens=700, sampling=SamplingParams(max_tokens=120),
+        window=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="was judged by .* and not by heuristic"):
+        evaluate.prepare(cell)
+
+
+def test_repeats_that_were_paid_for_are_kept(tmp_path, tokenizer):
+    """A later call asks for fewer judgements: the others stay, but not those of older answers."""
+    now, old = make_rollout(tokenizer), make_rollout(tokenizer, "Another answer.")
+    lines = [evaluate.line_of(r, "v", draw=d, scores=[d] * 5) for r in (now, old) for d in (0, 1)]
+    evaluate.write_lines(tmp_path / "s.jsonl", lines)
+    new = [evaluate.line_of(now, "v", draw=0, scores=[9] * 5)]
+    assert evaluate.kept(tmp_path / "s.jsonl", new, [now]) == [lines[1]]
+    assert evaluate.kept(tmp_path / "none.jsonl", new, [now]) == []
 
 
 def test_near_duplicates_are_found():

@@ -90,14 +90,14 @@ def test_the_formula_is_near_measured_steps(folder):
         )  # fmt: skip
         formula[name] = sum(footprint.training(config, size, ranks=1).values())
     for name in CASES:
-        assert 0.75 < formula[name] / measured[name] < 1.05, (name, measured, formula)
+        assert 0.7 < formula[name] / measured[name] < 1.1, (name, measured, formula)
 
     def changes(a: str, b: str) -> float:
         """Formula over measured of the difference."""
         return (formula[b] - formula[a]) / (measured[b] - measured[a])
 
     for pair in (("plain", "more rows"), ("plain", "kept")):
-        assert 0.6 < changes(*pair) < 1.5, (pair, changes(*pair), measured, formula)
+        assert 0.5 < changes(*pair) < 2, (pair, changes(*pair), measured, formula)
 
 
 def test_tokens_that_fit_use_up_what_is_free(folder):

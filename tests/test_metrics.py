@@ -7,8 +7,9 @@ import pytest
 from metrics import (
     best_constant,
     clustered_mean,
-    constant_top_k,
     correlation,
+    frequent_digits,
+    share_among,
     shuffled_calibration,
     summarise,
     top_k_accuracy,
@@ -87,4 +88,7 @@ def test_top_k_by_hand():
     assert top_k_accuracy([], []) is None
     # In the first attribute 0-4 are seen twice and 5 once; the rest is constant.
     judge = [(d, 1, 1, 1, 1) for d in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5)]
-    assert constant_top_k(judge) == pytest.approx((10 + 4 * 11) / 55)
+    digits = frequent_digits(judge)
+    assert digits[0] == [0, 1, 2, 3, 4] and digits[1] == [1, 0, 2, 3, 4]
+    assert [share_among(digits, j) for j in judge] == [1.0] * 10 + [4 / 5]
+    assert share_among(digits, (9, 9, 2, 5, 0)) == pytest.approx(2 / 5)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_rollout
 
+import buffer
 import control_tables
 import further_tables
 import report
@@ -23,7 +24,7 @@ from evaluate import Cell
 from files import write_text
 from prompts import ATTRIBUTES
 from reward import calibration, quality
-from sources import metrics_until
+from sources import answer_id, metrics_until, rollouts_of
 from tables import Tables
 
 SCRIPT = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -68,8 +69,9 @@ class Maker:
         return dataclasses.replace(r, prompt_id=prompt)
 
     def lines(self, path: Path, rows) -> None:
+        ids = {(r.prompt_id, r.sample): answer_id(r) for r in rollouts_of(path.parent)}
         path.write_text("".join(json.dumps(
-            {"prompt_id": p, "sample": k, "version": "v", **row}) + "\n"
+            {"prompt_id": p, "sample": k, "version": "v", "answer_id": ids[p, k], **row}) + "\n"
             for (p, k), row in zip(self.keys, rows, strict=False) if row is not None))  # fmt: skip
 
 
@@ -80,7 +82,12 @@ def made(tmp_path, tokenizer):
     (run / "rollouts").mkdir(parents=True)
     for k, judge in enumerate([(5, 5, 5, 1, 1), (5, 5, 5, 1, 1), (9, 9, 9, 1, 1)]):
         append(run / "rollouts" / "cycle_01.jsonl", m.rollout("w", k, ((8,) * 5, judge), "base"))
+    window = buffer.read(run / "rollouts" / "cycle_01.jsonl")
     base = m.cell("x", "one", "base", BASE, window=str(run))
+    write_text(m.root / "x" / "window.jsonl", "".join(
+        json.dumps({"version": "v", "answer_id": answer_id(r), "scores": (8,) * 5}) + "\n"
+        for r in window
+    ))  # fmt: skip
     see = m.cell("x", "one", "see", SEE, window=str(run))
     for cell, answers in ((base, BASE), (see, SEE)):
         judges = [a[1] if a else None for a in answers]
@@ -100,7 +107,9 @@ def made(tmp_path, tokenizer):
     with open(see / "scores_judge.jsonl", "a") as f:  # a second judgement of the same answer
         scores = (4, 5, 6, 0, 4)
         p, k = m.keys[0]
-        row = {"prompt_id": p, "sample": k, "version": "v", "draw": 1, "scores": scores}
+        about = {"prompt_id": p, "sample": k, "version": "v"}
+        about["answer_id"] = answer_id(m.rollout(p, k, SEE[0], "see"))
+        row = about | {"draw": 1, "scores": scores}
         f.write(json.dumps(row) + "\n")
     m.lines(base / "scores_judge.jsonl", [None, None, None, {"draw": 0, "scores": FORCED}])
     m.lines(see / "preferences.jsonl", [
@@ -166,6 +175,10 @@ def test_the_papers_tables_by_hand(made):
 
     top = found["Table 4: top-5 accuracy"]
     assert begins(one(top, model="see")["top-5"], 1.0)  # SEE reads what the judge said
+    # The window's ranking: 5 9 0 1 2 in the first three attributes, 1 0 2 3 4 in the others. Of
+    # SEE's answers: 0 and 9; 8s and 2s; 5s; 2s and 0s.
+    hits = (0 + 1 + 0) + 1 + 0 + (0 + 0 + 0) + 2 + 3 + 0 + 3 + 2
+    assert begins(one(top, model="see")["window ranking"], hits / 20)
     # The base: 8 first, then 0 1 2 3 by size. Judge digits among these: 0 of the first answer;
     # 2 and 2 of the second; none of five fives.
     assert begins(one(top, model="base")["top-5"], 3 / 15)
@@ -193,9 +206,33 @@ def test_the_controls_by_hand(made):
     # The judge's two scores of one answer differ by 5 in one attribute.
     top = (1 - 1 / 9) ** 2
     assert begins(see["ceiling"], top)
-    own = mean(calibration(s, j) for s, j in SEE)
-    fixed = mean(calibration((5, 5, 5, 1, 1), j) for _, j in SEE)
+    # Skill is taken on the one answer that was judged twice.
+    own, fixed = calibration(*SEE[0]), calibration((5, 5, 5, 1, 1), SEE[0][1])
     assert begins(see["skill"], (own - fixed) / (top - fixed))
+    assert begins(see["most probable"], 1.0) and begins(see["its scores"], mean(
+        calibration(s, j) for s, j in SEE))  # fmt: skip
+
+    rows = found["Comparisons"]
+    first = rows[0]
+    assert (first["model"], first["corrected p"]) == ("see", "primary")
+    constant = [calibration((5, 5, 5, 1, 1), j) for _, j in SEE]
+    apart = [calibration(s, j) - x for (s, j), x in zip(SEE, constant, strict=True)]
+    assert begins(first["mean"], mean(apart))  # two samples of each prompt: the means' mean
+    assert sum(r["corrected p"] == "primary" for r in rows) == 1
+    moved = one(rows, model="see", difference="calibration - base's")
+    ours, theirs = ([calibration(*x) if x else None for x in c] for c in (SEE, BASE))
+    by_prompt = [mean(ours[:2]) - mean(theirs[:2]), mean(ours[2:]) - theirs[2]]
+    assert begins(moved["mean"], mean(by_prompt))
+    swapped = one(
+        rows, model="see", difference="on base's answers: calibration of its scores - base's"
+    )
+    eights = [1 - calibration((8,) * 5, j) for _, j in BASE[:3]]
+    assert begins(swapped["mean"], mean([mean(eights[:2]), eights[2]]))
+    won = one(rows, model="see", difference="response win-rate - half")
+    assert begins(won["mean"], mean([(1 + 0.5) / 2, 1]) - 0.5)
+    raw = [float(r["p"]) for r in rows[1:] if r["p"] != "-"]
+    corrected = [float(r["corrected p"].split()[0]) for r in rows[1:] if r["p"] != "-"]
+    assert all(c >= p for c, p in zip(corrected, raw, strict=True)) and max(corrected) == 1
 
     swap = found["Answers by one model, scores by another: calibration"]
     assert begins(one(swap, **{"answers by": "base"})["scored by see"], 1.0)
@@ -282,7 +319,7 @@ def test_seeds_are_the_unit_where_there_are_several(made):
     middle, half = (first + 1) / 2, 12.7062 * (1 - first) / 2
     assert see["calibration"] == f"{middle:.3f} [{middle - half:.3f}, {middle + half:.3f}]"
     made.cell("z", "one", "base", BASE)
-    with pytest.raises(ValueError, match="other models or benchmarks"):
+    with pytest.raises(ValueError, match="other models or benchmarks|window's rollouts"):
         tables(made.root / "x", made.root / "z")
     known = made.root / "y" / "one" / "base" / "config.json"
     config = json.loads(known.read_text())
@@ -290,6 +327,28 @@ def test_seeds_are_the_unit_where_there_are_several(made):
     known.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="differ in temperature"):
         tables(made.root / "x", made.root / "y")
+
+
+@pytest.mark.parametrize(("change", "shown"), [
+    ({}, True), ({"judge": "gpt-5.4-2026-03-05"}, True), ({"judge": "gpt-5.4-mini"}, False),
+    ({"few_shot": "varied"}, False), ({"limit": 60}, False), ({"template": "short"}, False),
+])  # fmt: skip
+def test_the_papers_figures_stand_beside_its_settings_only(made, change, shown):
+    path = made.cell("p", "helpsteer2", "base", BASE)
+    config = json.loads((path / "config.json").read_text()) | {"judge": "gpt-5.4"} | change
+    (path / "config.json").write_text(json.dumps(config))
+    row = one(tables(made.root / "p")["Tables 1 and 2: quality and calibration"], model="base")
+    assert row["quality"].endswith("(paper 0.644)") == shown
+
+
+def test_lines_about_other_answers_do_not_count(made):
+    """An answer that was sampled anew is not read by the old one's digits."""
+    path = made.root / "x" / "one" / "see" / "digits_see.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["answer_id"] = "another"
+    path.write_text("".join(json.dumps(x) + "\n" for x in rows))
+    cell = report.load(made.root / "x")["one", "see"]
+    assert len(cell.digits["see"]) == 3 and len(cell.digits["base"]) == 4
 
 
 def test_settings_stand_side_by_side(made):
@@ -319,7 +378,8 @@ def test_one_valid_response_and_none(made):
     assert one(main, model="see")["calibration"] == "-"
     assert one(main, model="see")["well-formed"] == "0.000"
     assert one(found["Win-rates against base"], model="see")["quality"] == "-"
-    assert one(found["Comparisons"], model="base")["mean"] == "-"  # no window, no constant
+    [row] = found["Comparisons"]  # no window, no constant; nothing to compare
+    assert (row["model"], row["mean"]) == ("see", "-")
 
 
 def test_the_base_is_the_model_that_was_first_asked_for(made):
@@ -402,9 +462,12 @@ def test_a_runs_rollouts_by_cycle(made, tmp_path):
         for c in (1, 2)
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    malformed = dataclasses.replace(made.rollout(made.prompts[1], 0, None, "r"), cycle=2)
+    append(run / "rollouts" / "cycle_02.jsonl", malformed)
     shown = report.answers([report.load_run(run)], 4)
+    assert shown.pop()["rollout"].self_scores is None
     assert [(a["cycle"], a["rollout"].sample) for a in shown] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert len(report.answers([report.load_run(run)], 0)) == 6
+    assert len(report.answers([report.load_run(run)], 0)) == 7
     out = tmp_path / "out"
     report.run(report.Command(runs=(run,), out=out))
     assert {"training.png", "report.html"} <= {p.name for p in out.iterdir()}
