@@ -29,8 +29,7 @@ def all_tables(t: Tables) -> list[Table]:
 
 
 def window_constant(e: Evaluation, c: Cell) -> Scores | None:
-    """The best constant on the training window's judgements."""
-    return metrics.best_constant(e.window.j.tolist(), c.gamma) if e.window else None
+    return e.window.constant if e.window else None
 
 
 def primary(t: Tables) -> Table:
@@ -111,10 +110,10 @@ def _difference(t: Tables, b: str, m: str, ours: Callable, theirs: Callable) -> 
     pairs = [(ours(e, e[b, m]), theirs(e, e[b, m])) for e in t.evaluations]
     if len(pairs) == 1:
         return inference.paired(*pairs[0])
-    each = [inference.paired(x, y).interval.mean for x, y in pairs]
-    if any(x is None for x in each):
+    each = [inference.by_prompt(x, y) for x, y in pairs]
+    if not all(each):
         return Difference(Interval(None, None, None, 0), None)
-    return inference.paired_seeds(each, [0.0] * len(each))
+    return inference.paired_seeds([np.mean(list(x.values())) for x in each], [0.0] * len(each))
 
 
 def _shown(d: Difference) -> tuple[str, str]:

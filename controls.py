@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, rankdata
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LinearRegression
-from sklearn.metrics import roc_auc_score
 
 from reward import RewardConfig
 
@@ -114,10 +113,11 @@ class Shuffled(NamedTuple):
     def across(self, chosen: np.ndarray) -> float | None:
         """Mean over pairs of different prompts, of a choice of prompts (one chosen twice counts
         twice). None where there is none."""
-        weight = np.bincount(chosen, minlength=len(self.sums))
-        apart = 1 - np.eye(len(weight))
-        count = weight @ (self.counts * apart) @ weight
-        return float(weight @ (self.sums * apart) @ weight / count) if count else None
+        weight = np.bincount(chosen, minlength=len(self.sums)).astype(float)
+        total, count = (
+            weight @ x @ weight - weight**2 @ np.diag(x) for x in (self.sums, self.counts)
+        )
+        return float(total / count) if count else None
 
 
 def shuffled(
@@ -131,7 +131,7 @@ def shuffled(
         met = calibrations(s[i], j, gamma)
         met[i] = 0
         sums[of[i]] += np.bincount(of, met, len(units))
-    return Shuffled(sums, np.outer(size, size) - np.diag(size))
+    return Shuffled(sums, (np.outer(size, size) - np.diag(size)).astype(float))
 
 
 def skill(calibration: float, constant: float, ceiling: float) -> float | None:
@@ -224,8 +224,13 @@ def probability_below(logp: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def auroc(score: Sequence[float], truth: Sequence[bool]) -> float | None:
-    """Area under the ROC curve; None where all are true or none is."""
-    return float(roc_auc_score(truth, score)) if 0 < sum(truth) < len(truth) else None
+    """Area under the ROC curve, from the ranks of the true ones (Mann and Whitney); None where all
+    are true or none is. It is scikit-learn's (a test compares them), which is slow for draws."""
+    truth = np.asarray(truth, bool)
+    n, others = int(truth.sum()), int((~truth).sum())
+    if not n or not others:
+        return None
+    return float((rankdata(score)[truth].sum() - n * (n + 1) / 2) / (n * others))
 
 
 def expected_calibration_error(

@@ -79,13 +79,24 @@ class Difference(NamedTuple):
     p: float | None  # two-sided; None where there are fewer than two units
 
 
+def by_prompt(
+    ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """ours - theirs, means over responses, of the prompts that both have."""
+    return {
+        p: float(np.mean(ours[p]) - np.mean(theirs[p]))
+        for p in ours
+        if p in theirs and len(ours[p]) and len(theirs[p])
+    }
+
+
 def paired(
     ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]], seed: int = 0
 ) -> Difference:
     """ours - theirs of one run, prompt id -> values of its responses; over the prompts that both
     have, each counting once. The test exchanges the two models prompt by prompt."""
-    common = [p for p in ours if p in theirs and len(ours[p]) and len(theirs[p])]
-    apart = np.array([np.mean(ours[p]) - np.mean(theirs[p]) for p in common])
+    differences = by_prompt(ours, theirs)
+    common, apart = list(differences), np.array(list(differences.values()))
     if len(apart) < 2:
         mean = float(apart.mean()) if len(apart) else None
         return Difference(Interval(mean, None, None, len(apart)), None)
@@ -151,14 +162,18 @@ def of_statistic(
     at: dict[str, list[int]] = {unit: [] for unit in units}
     for i, prompt in enumerate(prompts):
         at[prompt].append(i)
-    where = [np.array(at[unit]) for unit in units]
+    flat = np.concatenate([at[unit] for unit in units]) if units else np.array([], int)
+    sizes = np.array([len(at[unit]) for unit in units], int)
+    starts = np.cumsum(sizes) - sizes  # where each prompt's responses begin in `flat`
     value = statistic(np.arange(len(prompts)), prompts) if units else None
     if value is None or len(units) < 2:
         return Interval(value, None, None, len(units))
 
     def drawn(chosen: np.ndarray) -> float:
-        index = np.concatenate([where[k] for k in chosen])
-        found = statistic(index, np.repeat(np.arange(len(chosen)), [len(where[k]) for k in chosen]))
+        n = sizes[chosen]
+        within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        index = flat[np.repeat(starts[chosen], n) + within]
+        found = statistic(index, np.repeat(np.arange(len(chosen)), n))
         return np.nan if found is None else found
 
     with warnings.catch_warnings():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+import metrics
 from buffer import Rollout
 from controls import Shuffled, calibrations, shuffled
 from data import Prompt, load_prompts
@@ -98,6 +99,12 @@ class Window:
 
     rollouts: list[Rollout]
     base: dict[str, Scores]  # the base model's most probable scores for them, by answer's id
+    gamma: float
+
+    @cached_property
+    def constant(self) -> Scores:
+        """The one vector that is best on these judgements."""
+        return metrics.best_constant(self.j.tolist(), self.gamma)
 
     @cached_property
     def fit(self) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +169,8 @@ def load(folder: Path) -> Evaluation:
         path.parent.name: {x["prompt_id"]: tuple(x["scores"]) for x in rows(path)}
         for path in folder.glob(f"*/{STRONGER}")
     }
-    return Evaluation(folder, cells, Window(judged, base) if judged else None, stronger)
+    window = Window(judged, base, next(iter(cells.values())).gamma) if judged else None
+    return Evaluation(folder, cells, window, stronger)
 
 
 def load_run(folder: Path) -> Cell:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy.special import expit
-from sklearn.metrics import cohen_kappa_score
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 import controls
 import inference
@@ -165,6 +165,9 @@ def test_probability_of_low_quality():
 def test_auroc_ece_and_kappa():
     assert controls.auroc([0.9, 0.8, 0.3, 0.3], [1, 0, 1, 0]) == pytest.approx(2.5 / 4)
     assert controls.auroc([0.9, 0.8], [1, 1]) is None
+    rng = np.random.default_rng(0)
+    score, truth = rng.integers(0, 5, 60), rng.random(60) < 0.3
+    assert controls.auroc(score, truth) == pytest.approx(roc_auc_score(truth, score))
     # Bins [0.1, 0.2): stated 0.3 of two, true 1; [0.9, 1]: stated 1.9 of two, true 1.
     got = controls.expected_calibration_error([0.1, 0.2 - 1e-9, 0.9, 1.0], [0, 1, 1, 0])
     assert got == pytest.approx((abs(0.3 - 1) + abs(1.9 - 1)) / 4)
