@@ -327,14 +327,17 @@ def formats(t: Tables) -> Table:
 
         valid = t.mean(b, m, lambda c: (c.calibration, c.prompts))
         found = [over(t.evaluations, f) for f in (for_all, zero, forced)]
-        return [b, m, *map(show, (valid, *found)), f"{found[2].n}"]
+        used, there = (sum(len(of(e)) for e in t.evaluations)
+                       for of in (lambda e: forced(e)[0], lambda e: e[b, m].rollouts))  # fmt: skip
+        return [b, m, *map(show, (valid, *found)), f"{used:,} of {there:,}"]
 
     return Table(
         "Calibration by choice of responses",
         "Well-formed ones (the paper's); those that all models answered well-formed; malformed "
         "ones counted as 0; all answers, with a block put behind each and its digits read (most "
-        "probable, not sampled).",
+        "probable, not sampled). Answers read: those of the last; it lacks empty ones, and malformed "
+        "ones where they were not judged.",
         ["benchmark", "model", "well-formed", "well-formed for all", "malformed = 0",
-         "forced block", "units"],
+         "forced block", "answers read"],
         [row(b, m) for b, m in t.each()],
     )  # fmt: skip

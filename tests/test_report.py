@@ -250,7 +250,7 @@ def test_the_controls_by_hand(made):
     base = one(forms, model="base")
     assert begins(base["malformed = 0"], sum(each) / 4)
     forced = [calibration((8,) * 5, j) for j in (*(j for _, j in BASE[:3]), FORCED)]
-    assert begins(base["forced block"], mean(forced))
+    assert begins(base["forced block"], mean(forced)) and base["answers read"] == "4 of 4"
     # For all: SEE without its answer to the sample that the base left malformed.
     assert begins(one(forms, model="see")["well-formed for all"],
                   mean(calibration(s, j) for s, j in SEE[:3]))  # fmt: skip
