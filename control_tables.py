@@ -335,8 +335,8 @@ def formats(t: Tables) -> Table:
         "Calibration by choice of responses",
         "Well-formed ones (the paper's); those that all models answered well-formed; malformed "
         "ones counted as 0; all answers, with a block put behind each and its digits read (most "
-        "probable, not sampled). Answers read: those of the last; it lacks empty ones, and malformed "
-        "ones where they were not judged.",
+        "probable, not sampled). Answers read: those of the last; it lacks empty ones, and "
+        "malformed ones where they were not judged.",
         ["benchmark", "model", "well-formed", "well-formed for all", "malformed = 0",
          "forced block", "answers read"],
         [row(b, m) for b, m in t.each()],
