@@ -115,6 +115,7 @@ def test_weights_are_handed_over_whole(parrot_folder, random_folder, tokenizer):
     assert next(sampler.sample(requests(tokenizer), PARAMS)).weight_version == "c2s7"
     untied = TransformersSampler(load_model(random_folder("qwen3", False), torch.float32),
                                  tokenizer, 6)  # fmt: skip
+    policy = load_policy(random_folder("qwen3", True), PolicyConfig(dtype="float32"))
     with pytest.raises(RuntimeError, match=r"lm_head\.weight"):
         untied.load_weights(policy, "c2s7")
 
