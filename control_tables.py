@@ -77,9 +77,8 @@ def primary(t: Tables) -> Table:
 def _pairs(c: Cell, what: str) -> dict[str, list[float]]:
     """Of each prompt: pairs of its answers that the model orders as the judge does, or half of
     those that the judge tells apart."""
-    found = controls.within_prompts(qualities(c.s), qualities(c.j), c.prompts)
-    return {p: [o.right if what == "right" else o.pairs / 2]
-            for p, o in zip(dict.fromkeys(c.prompts), found, strict=True) if o.pairs}  # fmt: skip
+    by_prompt = zip(dict.fromkeys(c.prompts), c.within, strict=True)
+    return {p: [o.right if what == "right" else o.pairs / 2] for p, o in by_prompt if o.pairs}
 
 
 def _read(answers: Cell, scorer: str) -> dict[str, list[float]]:
@@ -110,7 +109,7 @@ def _difference(t: Tables, b: str, m: str, ours: Callable, theirs: Callable) -> 
     pairs = [(ours(e, e[b, m]), theirs(e, e[b, m])) for e in t.evaluations]
     if len(pairs) == 1:
         return inference.paired(*pairs[0])
-    each = [inference.by_prompt(x, y) for x, y in pairs]
+    each = [inference.differences(x, y) for x, y in pairs]
     if not all(each):
         return Difference(Interval(None, None, None, 0), None)
     return inference.paired_seeds([np.mean(list(x.values())) for x in each], [0.0] * len(each))
@@ -261,11 +260,8 @@ def swap(t: Tables) -> Table:
 def discrimination(t: Tables) -> Table:
     """Does it tell answers to the same prompt apart, or only prompts?"""
 
-    def within(c: Cell) -> list[controls.Ordering]:
-        return controls.within_prompts(qualities(c.s), qualities(c.j), c.prompts)
-
     def taus(c: Cell) -> Values:
-        known = [o.tau for o in within(c) if o.tau is not None]
+        known = [o.tau for o in c.within if o.tau is not None]
         return known, list(map(str, range(len(known))))
 
     def between(e: Evaluation, b: str, m: str, name: str) -> tuple[Statistic, Sequence]:
@@ -276,9 +272,9 @@ def discrimination(t: Tables) -> Table:
 
     def row(b: str, m: str) -> list[str]:
         accuracy = t.ratio(
-            b, m, lambda c: ([o.right for o in within(c)], [o.pairs for o in within(c)])
+            b, m, lambda c: ([o.right for o in c.within], [o.pairs for o in c.within])
         )
-        pairs = sum(o.pairs for e in t.evaluations for o in within(e[b, m]))
+        pairs = sum(o.pairs for e in t.evaluations for o in e[b, m].within)
         figures = [accuracy, t.mean(b, m, taus)]
         figures += [t.statistic(b, m, partial(between, b=b, m=m, name=name))
                     for name in ("accuracy", "tau")]  # fmt: skip

@@ -197,15 +197,14 @@ MAY_CHANGE = {"sample_rows", "engine", "client"}
 def prepare(cell: Cell) -> Inputs:
     """What is read and checked of a cell before weights are loaded; its prompts are those to
     answer. Raises ValueError."""
-    make_judge(cell, cell.folder / LEDGER, parallel.ranks())
+    judge = make_judge(cell, cell.folder / LEDGER, parallel.ranks())
     inputs = read_inputs(cell)
     if cell.window and (judges := {r.judge_model for r in first_cycle(Path(cell.window))}):
-        name = make_judge(cell, cell.folder / LEDGER, parallel.ranks()).name
-        if judges != {name}:
+        if judges != {judge.name}:
             raise ValueError(
                 f"--window {cell.window} was judged by {', '.join(sorted(judges))} and not by "
-                f"{name}: predictors fitted on it would foretell another judge; give the run's "
-                "judge, or another run"
+                f"{judge.name}: predictors fitted on it would foretell another judge; give the "
+                "run's judge, or another run"
             )
     trained = window_prompts(Path(cell.window)) if cell.window else {}
     prompts = [p for p in inputs.prompts if p.id not in trained]

@@ -79,7 +79,7 @@ class Difference(NamedTuple):
     p: float | None  # two-sided; None where there are fewer than two units
 
 
-def by_prompt(
+def differences(
     ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
     """ours - theirs, means over responses, of the prompts that both have."""
@@ -95,8 +95,8 @@ def paired(
 ) -> Difference:
     """ours - theirs of one run, prompt id -> values of its responses; over the prompts that both
     have, each counting once. The test exchanges the two models prompt by prompt."""
-    differences = by_prompt(ours, theirs)
-    common, apart = list(differences), np.array(list(differences.values()))
+    found = differences(ours, theirs)
+    common, apart = list(found), np.array(list(found.values()))
     if len(apart) < 2:
         mean = float(apart.mean()) if len(apart) else None
         return Difference(Interval(mean, None, None, len(apart)), None)

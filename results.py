@@ -9,7 +9,14 @@ import numpy as np
 
 import metrics
 from buffer import Rollout
-from controls import Shuffled, calibrations, shuffled
+from controls import (
+    Ordering,
+    Shuffled,
+    calibrations,
+    qualities,
+    shuffled,
+    within_prompts,
+)
 from data import Prompt, load_prompts
 from hub import data_file
 from ledger import read_lines
@@ -83,6 +90,11 @@ class Cell:
     @cached_property
     def shuffled(self) -> Shuffled:
         return shuffled(self.s, self.j, self.prompts, self.gamma)
+
+    @cached_property
+    def within(self) -> list[Ordering]:
+        """How far the model orders each prompt's responses by quality as the judge does."""
+        return within_prompts(qualities(self.s), qualities(self.j), self.prompts)
 
     @cached_property
     def draws(self) -> dict[Key, list[tuple]]:
