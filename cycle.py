@@ -7,8 +7,8 @@ The paper's run (needs CUDA), what it would do, its baseline, and a small run on
     torchrun --nproc_per_node 4 cycle.py --preset rlcr
     torchrun --nproc_per_node 2 cycle.py --preset small --model DIR --data FILE
 
-The options stand in presets.py, the checks before a run in plan.py. The same command run again goes
-on where a killed run stopped. Weights come from `state/` (fp32 shards); steps since then whose
+The options are in config.py, the checks before a run in plan.py. The same command run again goes on
+where a killed run stopped: weights come from `state/` (fp32 shards), and steps since then whose
 rollouts are on file are trained again without sampling or judging.
 
 Where the paper leaves a choice:
@@ -19,42 +19,33 @@ Where the paper leaves a choice:
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-import buffer
-import footprint
-import parallel
-from buffer import Rollout
-from client import Background, JudgeError
-from files import append_line, write_text
-from grpo import make_optimizer, micro_batches, reference_logps, response_row, rl_step
+import grpo
+import sft_masked
+from backend import footprint, parallel
+from backend.packing import Row, Work, share_out
+from backend.policy import export, load_policy
+from backend.sampler import choose_sampler, make_sampler
+from buffer import in_buffer, select_stratified
+from config import Config, parse
+from grpo import group_advantages, reference_logps, response_row, rl_step
 from judge import make_judge
-from ledger import LEDGER
-from logbook import (
-    Clock,
-    checkpoints,
-    coloured,
-    open_folder,
-    open_wandb,
-    read_metrics,
-    trim_metrics,
-)
-from packing import Row, Work
-from plan import Setup, describe, look, prepare, step_batches
-from policy import export, load_policy
-from presets import Config, parse
-from rollout import Collector, figures, in_buffer
-from sampler import choose, make_sampler
-from sft_masked import distil, distillation_row
+from judging.client import Background, JudgeError
+from plan import Setup, describe, prepare, resolve, step_batches
+from rollout import Collector, Sampled, rollout_means
+from sft_masked import distillation_row, sft_step
+from storage.data import Prompt
+from storage.files import append_line, write_text
+from storage.logbook import Clock, coloured, open_folder, open_wandb
+from storage.progress import progress
+from storage.record import Rollout, read_rollouts
 
 # Not in the paper: nats per token; two bf16 forwards of the same weights differ by about 0.02.
 GAP_ALARM = 0.1
@@ -63,11 +54,11 @@ GAP_ALARM = 0.1
 def main(config: Config | None = None) -> None:
     """Run SEE. `config` None: from the command line."""
     config = config or parse(sys.argv[1:], __doc__)
-    first = os.environ.get("RANK", "0") == "0"
+    first = parallel.rank() == 0
     try:
-        config = dataclasses.replace(config, sampler=choose(config.sampler))
+        config = dataclasses.replace(config, sampler=choose_sampler(config.sampler))
         if config.dry_run:
-            plan = describe(config, look(config))
+            plan = describe(config, resolve(config))
             return print(plan) if first else None
         setup = prepare(config)
     except ValueError as error:
@@ -84,19 +75,26 @@ class Run:
 
     def __init__(self, config: Config, setup: Setup):
         self.config, self.setup, self.folder = config, setup, setup.folder
+        self.tokenizer = setup.inputs.tokenizer
         self.clock = Clock()
         self._open_folder()
         with self.clock("loading"):
-            self.sampler = make_sampler(  # first: vLLM measures free memory
-                config, setup.inputs.model, setup.inputs.tokenizer, config.policy.dtype
-            )
-            self.policy = load_policy(setup.inputs.model, config.policy)
-            self.reference = load_policy(setup.inputs.model, config.policy, trainable=False)
+            model = setup.inputs.model
+            # The sampler first: vLLM measures free memory.
+            self.sampler = make_sampler(config, model, self.tokenizer, config.policy.dtype)
+            self.policy = load_policy(model, config.policy)
+            self.reference = load_policy(model, config.policy, trainable=False)
         self.names = {p: name for name, p in self.policy.named_parameters()}
+        self.optimizer: torch.optim.AdamW | None = None  # of the phase in progress
+        self.steps_done = 0  # RL steps of the cycle in progress that its state already holds
+        self.on_file: dict[tuple, Rollout] = {}  # the cycle's rollouts of an earlier launch
+        self.figures: dict[str, float | None] = {}  # of the step in progress, for metrics.jsonl
+        self.to_show = False  # whether --show_batch has yet to print a row of this phase
+        ranks, rank, launch = parallel.world_size(), parallel.rank(), parallel.launch_id()
         self.collector = Collector(
             sampler=self.sampler,
-            judge=make_judge(config, self.folder / LEDGER, *parallel.place()),
-            tokenizer=setup.inputs.tokenizer,
+            judge=make_judge(config, self.folder.judge_cache, ranks, rank, launch),
+            tokenizer=self.tokenizer,
             prompts={p.id: p for p in setup.window},
             prompt_ids=setup.inputs.prompt_ids,
             rollouts=config.rollouts,
@@ -108,173 +106,182 @@ class Run:
             clock=self.clock,
         )
 
+    def train(self) -> None:
+        """Algorithm 1 (App. D). Lines 8-16 per response are in rollout.py, Eq. 1 in reward.py."""
+        for cycle in self.cycles():  # line 4
+            # Lines 5-19. Phase 1: Calibration-Coupled RL
+            for step, prompts in self.rl_steps(cycle):  # line 6
+                sampled = self.sample(cycle, step, prompts)  # line 7
+                work, ref_logps = self.reference_pass(sampled)
+                rollouts = self.judged(sampled)  # lines 8-18
+                rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)  # Eq. 1
+                advantages = group_advantages(rewards, self.config.rollouts)  # (N,)
+                self.rl_step(work, rollouts, advantages, ref_logps)  # line 19
+
+            # Line 20. The buffer: the well-formed rollouts of this phase
+            buffer = [r for r in self.rollouts_of(cycle) if in_buffer(r)]
+
+            # Lines 21-25. Phase 2: Masked Judge Distillation
+            selected = self.select(buffer, cycle)  # line 23
+            targets = [distillation_row(r, self.tokenizer) for r in selected]  # line 22
+            for update in self.sft_updates(cycle, targets):  # line 24
+                self.sft_step(update)
+            self.end_cycle(cycle, buffered=len(buffer), selected=len(selected))
+
+    # ----------------------------------------------------------------------------------------------
+    # The steps of Algorithm 1 on this run's models and files, timed
+
+    def sample(self, cycle: int, step: int, prompts: Sequence[Prompt]) -> Sampled:
+        """This rank's rollouts by the policy as it is now; they are judged as they finish."""
+        version = f"c{cycle}s{step - 1}"  # "c2s7" is cycle 2 after 7 RL steps
+        with self.clock("hand_over"):
+            self.sampler.load_weights(self.policy, version)
+        path = self.folder.rollouts(cycle)
+        sampled = self.collector.sample(cycle, step, prompts, self.on_file, path, version)
+        self.sampler.sleep()
+        return sampled
+
+    def reference_pass(self, sampled: Sampled) -> tuple[Work, list[torch.Tensor]]:
+        """This rank's micro-batches of the step, and the KL reference's log-probabilities in them.
+        Needs no reward, so it runs while the judge's last scores are awaited."""
+        with self.clock("waiting"):
+            rows = [response_row(*pair) for pair in parallel.gather(sampled.responses)]
+        self._show_first(rows)
+        c = self.config
+        with self.clock("reference"):
+            groups = [i // c.rollouts for i in range(len(rows))]
+            work = share_out(rows, groups, c.policy.micro_batch_tokens, c.policy.shared_prefix)
+            return work, reference_logps(self.reference, work.batches, c.sampling.temperature)
+
+    def judged(self, sampled: Sampled) -> list[Rollout]:
+        """The rollouts of all ranks once they are judged and rewarded, groups contiguous."""
+        mine = self.collector.wait_for_judge(sampled)
+        self.figures |= rollout_means(mine, self.config.rollouts)
+        with self.clock("waiting"):
+            return parallel.gather(mine)
+
+    def rl_step(
+        self,
+        work: Work,
+        rollouts: Sequence[Rollout],
+        advantages: torch.Tensor,
+        ref_logps: Sequence[torch.Tensor],
+    ) -> None:
+        with self.clock("training"):
+            self.figures |= rl_step(
+                policy=self.policy,
+                optimizer=self.optimizer,
+                work=work,
+                rollouts=rollouts,
+                advantages=advantages,
+                ref_logps=ref_logps,
+                temperature=self.config.sampling.temperature,
+                config=self.config.grpo,
+            )
+        if (gap := self.figures["logprob_gap"] or 0) > GAP_ALARM:
+            parallel.print0(
+                f"alarm: sampler and trainer differ by {gap:.3f} nats a token; the sampler may "
+                "have other weights than the policy"
+            )
+
+    def rollouts_of(self, cycle: int) -> list[Rollout]:
+        """All ranks' rollouts of a cycle, in the same order on every rank."""
+        return sorted(read_rollouts(self.folder.rollouts(cycle)), key=lambda r: r.key)
+
+    def select(self, buffer: Sequence[Rollout], cycle: int) -> list[Rollout]:
+        if not self.config.distil:
+            return []
+        chosen = select_stratified(
+            judge_scores=[r.judge_scores for r in buffer],
+            prompt_ids=[r.prompt_id for r in buffer],
+            max_samples=self.config.sft.max_samples,
+            per_prompt_limit=self.config.sft.per_prompt_limit,
+            seed=self.config.seed + cycle,
+        )
+        return [buffer[i] for i in chosen]
+
+    def sft_step(self, update: sft_masked.Update) -> None:
+        with self.clock("training"):
+            self.figures |= sft_step(
+                policy=self.policy,
+                optimizer=self.optimizer,
+                update=update,
+                config=self.config.sft,
+                batching=self.config.policy,
+            )
+
+    # ----------------------------------------------------------------------------------------------
+    # The loops, from where a killed run stopped; after each turn its metrics and its state
+
+    def cycles(self) -> Iterator[int]:
+        first, self.steps_done, self.optimizer = self._resume()
+        for cycle in range(first, self.config.cycles + 1):
+            yield cycle
+            self.steps_done = 0
+        self._log(self.config.cycles, "end", 0, {})
+
+    def rl_steps(self, cycle: int) -> Iterator[tuple[int, list[Prompt]]]:
+        """(step, its prompts), from 1."""
+        if self.steps_done == 0:
+            if self.config.reference == "cycle":  # choice 1
+                parallel.copy_shards(self.policy, self.reference)
+            self.optimizer = grpo.make_optimizer(self.policy, self.config.grpo)  # choice 2
+        self.on_file = {r.key: r for r in read_rollouts(self.folder.rollouts(cycle))}
+        self.to_show = self.config.show_batch
+        batches = step_batches(self.config, self.setup.window, cycle)
+        steps = range(self.steps_done + 1, self.config.rl_steps + 1)
+        for step in self._progress(steps, f"cycle {cycle}, RL"):
+            self.figures = {}
+            yield step, batches[step - 1]
+            own = self.collector.judge_costs() | self._hand_over_speed()
+            self._log(cycle, "rl", step, self.figures | own)
+            self._save_in_phase_1(cycle, step)
+
+    def sft_updates(self, cycle: int, targets: Sequence[Row]) -> Iterator[sft_masked.Update]:
+        self.to_show = self.config.show_batch
+        self._show_first(targets)
+        updates = sft_masked.updates(targets, self.config.sft, seed=self.config.seed + cycle)
+        self.optimizer = sft_masked.make_optimizer(self.policy, self.config.sft)
+        for number, update in enumerate(self._progress(updates, f"cycle {cycle}, SFT"), 1):
+            self.figures = {"updates": len(updates)}
+            yield update
+            self._log(cycle, "sft", number, self.figures)
+
+    def end_cycle(self, cycle: int, buffered: int, selected: int) -> None:
+        """Export, one line of means over the window, and the state that the next cycle needs."""
+        self._export(cycle)
+        lines = [m for m in self.folder.metrics() if (m["cycle"], m["phase"]) == (cycle, "rl")]
+        means = {}
+        for name in ("reward", "well_formed", "quality", "calibration", "mae"):
+            values = [m[name] for m in lines if m[name] is not None]
+            means[name] = sum(values) / len(values) if values else None
+        shown = ", ".join(f"{k} {'-' if v is None else format(v, '.3f')}" for k, v in means.items())
+        if self.config.distil:
+            shown += f"; {selected} of {buffered} rollouts distilled"
+        parallel.print0(f"cycle {cycle}: {shown}")
+        self._log(cycle, "cycle", 0, means | {"buffered": buffered, "selected": selected})
+        self._save(cycle + 1, 0)
+
     def close(self) -> None:
         self.sampler.close()
         if self.wandb:
             self.wandb.finish()
 
-    def train(self) -> None:
-        """Algorithm 1. Lines 7-18 are in rollout.py, line 16 (Eq. 1) in reward.py."""
-        first, done, optimizer = self._resume()
-        for cycle in range(first, self.config.cycles + 1):  # line 4
-            # Lines 5-19. Phase 1: Calibration-Coupled RL
-            if done == 0:
-                optimizer = self._begin_phase_1()
-            on_file = {r.key: r for r in buffer.read(self._rollout_file(cycle))}
-            batches = step_batches(self.config, self.setup.window, cycle)
-            steps = range(done + 1, self.config.rl_steps + 1)
-            for step in self._progress(steps, f"cycle {cycle}, RL"):
-                version = self._hand_over(cycle, step)
-                sampled = self.collector.sample(  # lines 7-11
-                    cycle, step, batches[step - 1], on_file, self._rollout_file(cycle), version
-                )
-                self.sampler.rest()
-                work, ref_logps = self._reference_pass(sampled.responses, step == done + 1)
-                rollouts = self.collector.judged(sampled)  # lines 12-18
-                update = self._rl_step(optimizer, work, ref_logps, rollouts)  # lines 6, 19
-                line = figures(rollouts) | update | self.collector.spent() | self._hand_over_speed()
-                self._log(cycle, "rl", step, line)
-                self._save_in_phase_1(cycle, step, optimizer)
+    # ----------------------------------------------------------------------------------------------
+    # Progress, metrics
 
-            # Line 20: the buffer, the same on every rank
-            on_file = sorted(buffer.read(self._rollout_file(cycle)), key=lambda r: r.key)
-            buffered = [r for r in on_file if in_buffer(r)]
+    def _progress(self, items: Sequence, label: str):
+        return progress(items, desc=f"{label} ({self.config.name})", rank=parallel.rank())
 
-            # Lines 21-25. Phase 2: Masked Judge Distillation
-            selected = self._select(buffered, cycle) if self.config.distil else []  # line 23
-            updates = self._distil(selected, cycle)  # lines 22, 24
-            for number, update in enumerate(self._progress(updates, f"cycle {cycle}, SFT"), 1):
-                self._log(cycle, "sft", number, update)
-            self._end_cycle(cycle, len(buffered), len(selected))
-            done = 0
-        self._log(self.config.cycles, "end", 0, {})
-
-    # Phase 1
-
-    def _begin_phase_1(self) -> torch.optim.AdamW:
-        """A fresh optimiser; the KL reference becomes the policy as it is now (choice 1)."""
-        if self.config.reference == "cycle":
-            parallel.copy_shards(self.policy, self.reference)
-        return make_optimizer(self.policy, self.config.grpo)
-
-    def _hand_over(self, cycle: int, step: int) -> str:
-        """The policy's weights to the sampler; their version is "c2s7" in cycle 2 after 7 RL
-        steps."""
-        version = f"c{cycle}s{step - 1}"
-        with self.clock("hand_over"):
-            self.sampler.load_weights(self.policy, version)
-        return version
+    def _show_first(self, rows: Sequence[Row]) -> None:
+        """--show_batch: the first row of a phase with its loss mask in colour."""
+        if self.to_show and rows:
+            parallel.print0(coloured(rows[0].ids, rows[0].mask, self.tokenizer))
+            self.to_show = False
 
     def _hand_over_speed(self) -> dict[str, float]:
         gigabytes = footprint.itemsize(self.config.policy.dtype) * self.setup.size.parameters / 1e9
         return {"hand_over_s_per_gb": self.clock.spent["hand_over"] / gigabytes}
-
-    def _reference_pass(self, responses: list[tuple], first: bool) -> tuple[Work, list]:
-        """This rank's micro-batches of the step, and the KL reference's log-probabilities in them:
-        needs no reward, so it runs while the judge's last scores are awaited."""
-        with self.clock("waiting"):
-            rows = [response_row(*pair) for pair in parallel.gather(responses)]
-        if self.config.show_batch and first:
-            self._show(rows[0])
-        with self.clock("reference"):
-            work = micro_batches(rows, self.config.rollouts, self.config.policy)
-            temperature = self.config.sampling.temperature
-            return work, reference_logps(self.reference, work.batches, temperature)
-
-    def _rl_step(
-        self, optimizer: torch.optim.AdamW, work: Work, ref_logps: list, rollouts: list[Rollout]
-    ) -> dict:
-        """`rollouts` are this rank's samples; what it trains on is shared out anew, by tokens."""
-        with self.clock("waiting"):
-            rollouts = parallel.gather(rollouts)
-        with self.clock("training"):
-            update = rl_step(
-                self.policy,
-                optimizer,
-                work,
-                ref_logps,
-                rollouts,
-                group_size=self.config.rollouts,
-                temperature=self.config.sampling.temperature,
-                config=self.config.grpo,
-            )
-        if (update["logprob_gap"] or 0) > GAP_ALARM:
-            parallel.print0(
-                f"alarm: sampler and trainer differ by {update['logprob_gap']:.3f} nats a token; "
-                "the sampler may have other weights than the policy"
-            )
-        return update
-
-    def _save_in_phase_1(self, cycle: int, step: int, optimizer: torch.optim.AdamW) -> None:
-        """At the phase's end without optimiser, because phase 2 starts with a fresh one."""
-        every = self.config.save_every
-        if step == self.config.rl_steps:
-            self._save(cycle, step, None)
-        elif every and step % every == 0:
-            self._export(f"cycle_{cycle:02d}_step_{step:05d}")
-            self._save(cycle, step, optimizer)
-
-    # Phase 2
-
-    def _select(self, buffered: list[Rollout], cycle: int) -> list[Rollout]:
-        chosen = buffer.select_stratified(
-            [r.judge_scores for r in buffered],
-            [r.prompt_id for r in buffered],
-            self.config.sft.max_samples,
-            self.config.sft.per_prompt_limit,
-            seed=self.config.seed + cycle,
-        )
-        return [buffered[i] for i in chosen]
-
-    def _distil(self, selected: list[Rollout], cycle: int) -> Iterator[dict]:
-        tokenizer = self.setup.inputs.tokenizer
-        if self.config.show_batch and selected:
-            self._show(distillation_row(selected[0], tokenizer))
-        updates = distil(
-            self.policy,
-            tokenizer,
-            selected,
-            self.config.sft,
-            self.config.policy,
-            seed=self.config.seed + cycle,
-        )
-        while True:
-            with self.clock("training"):
-                update = next(updates, None)
-            if update is None:
-                return
-            yield update
-
-    def _end_cycle(self, cycle: int, buffered: int, selected: int) -> None:
-        """Export, one line of means over the window, and the state that the next cycle needs."""
-        self._export(f"cycle_{cycle:02d}")
-        lines = [m for m in read_metrics(self.folder) if (m["cycle"], m["phase"]) == (cycle, "rl")]
-        means = {}
-        for name in ("reward", "well_formed", "quality", "calibration", "mae"):
-            known = [m[name] for m in lines if m[name] is not None]
-            means[name] = sum(known) / len(known) if known else None
-        shown = ", ".join(f"{k} {'-' if v is None else format(v, '.3f')}" for k, v in means.items())
-        shown += f"; {selected} of {buffered} rollouts distilled" * self.config.distil
-        parallel.print0(f"cycle {cycle}: {shown}")
-        self._log(cycle, "cycle", 0, means | {"buffered": buffered, "selected": selected})
-        self._save(cycle + 1, 0, None)
-
-    def _export(self, name: str) -> None:
-        """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
-        with self.clock("saving"):
-            export(self.policy, self.setup.inputs.tokenizer, self.folder / "checkpoints" / name)
-        if self.config.keep_checkpoints and parallel.rank() == 0:
-            for old in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
-
-    # Progress, log
-
-    def _progress(self, items, label: str):
-        return tqdm(items, desc=f"{label} ({self.config.name})", disable=parallel.rank() != 0)
-
-    def _show(self, row: Row) -> None:
-        """What the loss sees of a row."""
-        parallel.print0(coloured(row.ids, row.mask, self.setup.inputs.tokenizer))
 
     def _log(self, cycle: int, phase: str, step: int, values: dict) -> None:
         steps = step if phase in ("rl", "setup") else self.config.rl_steps
@@ -282,36 +289,49 @@ class Run:
         line = {"cycle": cycle, "phase": phase, "step": step, "sample_passes": passes}
         line |= values | {"seconds": self.clock.lap()}
         if parallel.rank() == 0:
-            append_line(self.folder / "metrics.jsonl", line)
+            append_line(self.folder.metrics_file, line)
         if self.wandb:
             self.wandb.log(line)
 
-    # Files: the run's folder, state, resume
-
-    def _rollout_file(self, cycle: int) -> Path:
-        return self.folder / "rollouts" / f"cycle_{cycle:02d}.jsonl"
+    # ----------------------------------------------------------------------------------------------
+    # Files: the run's folder, checkpoints, state, resume
 
     def _open_folder(self) -> None:
         self.wandb = None
         if parallel.rank() == 0:
-            open_folder(self.folder, self.config, self.setup.inputs.model)
+            ranks = parallel.world_size()
+            open_folder(self.folder, self.config, self.setup.inputs.model, ranks)
             if self.config.wandb:
-                self.wandb = open_wandb(self.folder, self.config)
-            (self.folder / "rollouts").mkdir(exist_ok=True)
-            write_text(self.folder / "window.json", json.dumps([p.id for p in self.setup.window]))
-            if self.setup.inputs.too_long:
+                self.wandb = open_wandb(self.folder, self.config, ranks)
+            self.folder.rollouts(1).parent.mkdir(exist_ok=True)
+            write_text(self.folder.window_file, json.dumps([p.id for p in self.setup.window]))
+            if too_long := self.setup.inputs.too_long:
                 limit = self.config.prompt_tokens
-                print(
-                    f"{self.setup.inputs.too_long} prompts are over {limit} tokens and are left out"
-                )
+                print(f"{too_long} prompts are over {limit} tokens and are left out")
         parallel.barrier()
 
-    def _save(self, cycle: int, step: int, optimizer: torch.optim.AdamW | None) -> None:
+    def _export(self, cycle: int, step: int | None = None) -> None:
+        """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
+        with self.clock("saving"):
+            export(self.policy, self.tokenizer, self.folder.checkpoint(cycle, step))
+        if self.config.keep_checkpoints and parallel.rank() == 0:
+            for old in self.folder.checkpoints()[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    def _save_in_phase_1(self, cycle: int, step: int) -> None:
+        """At the phase's end without optimiser, because phase 2 starts with a fresh one."""
+        every = self.config.save_every
+        if step == self.config.rl_steps:
+            self._save(cycle, step)
+        elif every and step % every == 0:
+            self._export(cycle, step)
+            self._save(cycle, step, self.optimizer)
+
+    def _save(self, cycle: int, step: int, optimizer: torch.optim.AdamW | None = None) -> None:
         """State after `step` RL steps of `cycle`, with optimiser and KL reference in mid-phase."""
-        folder = self.folder / "state" / f"cycle_{cycle:03d}_step_{step:05d}"
         where = {"cycle": cycle, "step": step, "mid_phase": optimizer is not None}
         with self.clock("saving"):
-            parallel.save_state(folder, self._tensors(optimizer), where)
+            parallel.save_state(self.folder.state(cycle, step), self._tensors(optimizer), where)
 
     def _tensors(self, optimizer: torch.optim.AdamW | None) -> dict[str, torch.Tensor]:
         tensors = {name: p.detach() for p, name in self.names.items()}
@@ -323,18 +343,18 @@ class Run:
 
     def _resume(self) -> tuple[int, int, torch.optim.AdamW | None]:
         """(cycle, its RL steps that are done, optimiser if in mid-phase) of the newest state."""
-        states = parallel.states(self.folder / "state")
+        states = parallel.states(self.folder.states)
         cycle, step, optimizer = 1, 0, None
         if states:
             where = json.loads((states[-1] / "where.json").read_text())
             cycle, step = where["cycle"], where["step"]
             with self.clock("loading"):
                 if where["mid_phase"]:
-                    optimizer = make_optimizer(self.policy, self.config.grpo)
+                    optimizer = grpo.make_optimizer(self.policy, self.config.grpo)
                 parallel.load_state(states[-1], self._tensors(optimizer))
             parallel.print0(f"going on from {states[-1]}")
         if parallel.rank() == 0:
-            trim_metrics(self.folder, cycle, step)
+            self.folder.keep_metrics_until(cycle, step)
         self._log(cycle, "setup", step, {})
         return cycle, step, optimizer
 

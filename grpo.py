@@ -32,10 +32,10 @@ from typing import Literal
 
 import torch
 
-import parallel
-from buffer import Rollout
-from packing import Batch, Row, Work, share_out
-from policy import Policy, PolicyConfig
+from backend import parallel
+from backend.packing import Batch, Row, Work
+from backend.policy import Policy
+from storage.record import Rollout
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class GRPOConfig:
     entropy_coef: float = 0.001
     """Weight of the entropy bonus (Table 5)."""
     loss_mean: Literal["response", "token"] = "response"
-    """Mean over responses of token means, or over all tokens at once (see departure 3 in
+    """Mean over responses of token means, or over all tokens at once (note 3 in
     grpo.py)."""
 
 
@@ -139,12 +139,6 @@ def response_row(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Row:
     return Row((*prompt_ids, *response_ids), [False] * len(prompt_ids) + [True] * len(response_ids))
 
 
-def micro_batches(rows: Sequence[Row], group_size: int, config: PolicyConfig) -> Work:
-    """This rank's part of a step, `rows` being the responses of all ranks, groups contiguous."""
-    groups = [i // group_size for i in range(len(rows))]
-    return share_out(rows, groups, config.micro_batch_tokens, config.shared_prefix)
-
-
 @torch.no_grad()
 def reference_logps(
     reference: Policy, batches: Sequence[Batch], temperature: float
@@ -157,17 +151,16 @@ def rl_step(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     work: Work,
-    ref_logps: Sequence[torch.Tensor],
     rollouts: Sequence[Rollout],
-    group_size: int,
+    advantages: torch.Tensor,
+    ref_logps: Sequence[torch.Tensor],
     temperature: float,
     config: GRPOConfig,
 ) -> dict[str, float | None]:
-    """One RL step on the rollouts of all ranks (groups contiguous), of which `work` is this rank's
-    part; returns figures of the step over all ranks."""
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-    advantages = group_advantages(rewards, group_size).float().to(parallel.device())  # (N,)
-    groups = rewards.view(-1, group_size)  # (N / G, G)
+    """One optimiser step on the rollouts of all ranks and their (N,) advantages, of which `work` is
+    this rank's part; `ref_logps` are reference_logps of its micro-batches. Returns figures of the
+    step over all ranks. Collective."""
+    advantages = advantages.float().to(parallel.device())  # (N,)
     # Counted over all ranks and micro-batches, so that the losses of the parts add up.
     counts = {"response": len(rollouts), "token": sum(len(r.response_ids) for r in rollouts)}
 
@@ -175,23 +168,21 @@ def rl_step(
     for batch, ref_logp in zip(work.batches, ref_logps, strict=True):
         logp, entropy, logp_t1 = policy(batch, temperature)  # (B, T) each
         loss, part = policy_loss(
-            logp,
-            logp.detach(),
-            ref_logp,
-            advantages[batch.index] if batch.index else advantages.new_zeros(1),
-            batch.mask,
-            config.clip,
-            config.kl_coef,
-            entropy,
-            config.entropy_coef,
-            config.loss_mean,
-            counts[config.loss_mean],
+            logp=logp,
+            old_logp=logp.detach(),
+            ref_logp=ref_logp,
+            advantages=advantages[batch.index] if batch.index else advantages.new_zeros(1),
+            mask=batch.mask,
+            clip=config.clip,
+            kl_coef=config.kl_coef,
+            entropy=entropy,
+            entropy_coef=config.entropy_coef,
+            loss_mean=config.loss_mean,
+            denominator=counts[config.loss_mean],
         )
-        # FSDP averages gradients over ranks; with a global denominator ours are to be added.
-        (loss * parallel.world_size()).backward()
-        part |= _alarm_and_score_entropy(
-            batch, [rollouts[i] for i in batch.index], logp_t1, entropy.detach()
-        )
+        loss.backward()
+        mine = [rollouts[i] for i in batch.index]
+        part |= sampler_gap(batch, mine, logp_t1) | score_entropy(batch, mine, entropy.detach())
         sums = {name: value + sums.get(name, 0.0) for name, value in part.items()}
     grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
     optimizer.step()
@@ -206,7 +197,6 @@ def rl_step(
         "score_entropy": _ratio(total["score_entropy"], total["score_tokens"]),
         "logprob_gap": _ratio(total["gap"], total["gap_tokens"]),
         "grad_norm": grad_norm,
-        "zero_variance_groups": (groups.amax(1) == groups.amin(1)).sum().item(),
         "imbalance": work.imbalance,
     }
 
@@ -215,22 +205,26 @@ def _ratio(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def _alarm_and_score_entropy(
-    batch, rollouts, logp_t1: torch.Tensor, entropy: torch.Tensor
+def sampler_gap(
+    batch: Batch, rollouts: Sequence[Rollout], logp_t1: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Sums of |sampler's - trainer's log-probability| at temperature 1, and of the entropy at the
-    score tokens."""
+    """Sums over the sampled tokens of |sampler's - trainer's (B, T) log-probability|, both at
+    temperature 1 (note 2). `rollouts` are the rows of the micro-batch."""
     sampled = torch.full_like(logp_t1, float("nan"))  # (B, T)
+    for b, r in enumerate(rollouts):
+        if r.sampled_logp is not None:
+            start = len(r.prompt_ids) - batch.prefix  # the response's first column
+            sampled[b, start : start + len(r.response_ids)] = torch.tensor(r.sampled_logp)
+    recorded = ~sampled.isnan()  # (B, T)
+    return {"gap": (sampled - logp_t1)[recorded].abs().sum(), "gap_tokens": recorded.sum()}
+
+
+def score_entropy(
+    batch: Batch, rollouts: Sequence[Rollout], entropy: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Sums of the (B, T) entropy over the five score tokens of each response."""
     at_score = torch.zeros_like(batch.mask)  # (B, T)
     for b, r in enumerate(rollouts):
         start = len(r.prompt_ids) - batch.prefix  # the response's first column
-        if r.sampled_logp is not None:
-            sampled[b, start : start + len(r.response_ids)] = torch.tensor(r.sampled_logp)
         at_score[b, [start + p for p in r.score_positions or ()]] = True
-    known = ~sampled.isnan()  # (B, T)
-    return {
-        "gap": (sampled - logp_t1)[known].abs().sum(),
-        "gap_tokens": known.sum(),
-        "score_entropy": entropy[at_score].sum(),
-        "score_tokens": at_score.sum(),
-    }
+    return {"score_entropy": entropy[at_score].sum(), "score_tokens": at_score.sum()}

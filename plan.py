@@ -3,9 +3,9 @@
     python cycle.py --preset paper --dry_run                                (as one rank)
     torchrun --nproc_per_node 4 cycle.py --preset paper --dry_run           (as four)
 
-Everything that can be wrong is found here, in one sentence each, before anything expensive. Memory
-is by formula (footprint.py). Judge tokens are counted with the policy's tokenizer; the judge's own
-counts otherwise.
+Every mistake that can be found here is found here, in one sentence each, before anything expensive.
+Memory is by formula (backend/footprint.py). Judge tokens are counted with the policy's tokenizer;
+the judge's own counts differ.
 
 Where the paper leaves a choice: the window of prompts is
 `sorted(random.Random(seed).sample(range(n), size))` over the prompts that fit the prompt limit; its
@@ -15,52 +15,73 @@ order in cycle c is a permutation by seed + c.
 import json
 import math
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
+from backend import footprint
+from backend.footprint import GB, this_machine
+from backend.parallel import world_size
+from backend.policy import Size, attention, check_model_folder, load_tokenizer, model_size
+from config import MAY_CHANGE, CommonConfig, Config
+from judge import check_judge, offline_judge
+from judging.endpoint import prices
+from prompts import ATTRIBUTES, JUDGE_SYSTEM, check_tokenizer, judge_user, prompt_ids
+from storage.data import Prompt, load_prompts
+from storage.hub import data_file, fetch_weights, model_folder
+from storage.logbook import check_same_config, wandb_ready
+from storage.run_folder import RunFolder
 
-import footprint
-from data import Prompt
-from endpoint import prices
-from footprint import MARGIN, itemsize, per_rank
-from hub import fetch_weights
-from judge import make_judge, offline_judge
-from ledger import LEDGER
-from logbook import check_same_config, wandb_ready
-from parallel import ranks
-from policy import Size, attention, model_size
-from presets import MAY_CHANGE, Config
-from prompts import ATTRIBUTES, JUDGE_SYSTEM, judge_user
-from rollout import Inputs, read_inputs
-from sampler import longest_row
 
-GB = 1e9
+class Inputs(NamedTuple):
+    """Model folder, tokenizer and prompts of a command, checked."""
+
+    model: Path  # the model's local folder
+    tokenizer: object
+    prompts: list[Prompt]  # those within the prompt limit, in file order
+    prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the whole policy prompt
+    too_long: int  # prompts over the limit
+    near_duplicates: int = 0  # evaluation only: nearly a training prompt or a few-shot example
+
+
+def read_inputs(config: CommonConfig) -> Inputs:
+    """Check the model folder and its tokenizer, read and tokenise the prompts (`config` is cycle's
+    or an evaluation cell's). A hub model's weights are not fetched yet. Raises ValueError."""
+    model = model_folder(config.model)
+    check_model_folder(model, config.longest_row)
+    prompts = load_prompts(data_file(config.data))
+    tokenizer = load_tokenizer(model)
+    check_tokenizer(tokenizer)
+    ids = {
+        p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
+        for p in prompts
+    }
+    fitting = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
+    return Inputs(model, tokenizer, fitting, ids, len(prompts) - len(fitting))
 
 
 @dataclass(frozen=True)
 class Setup:
     """What is known before the model is loaded."""
 
-    folder: Path
+    folder: RunFolder
     window: list[Prompt]
     inputs: Inputs
     size: Size  # of the model
 
 
 def prepare(config: Config) -> Setup:
-    """Check options, model folder, data, run folder and machine; fetch what the hub has to give.
-    Raises ValueError."""
-    setup = look(config)
+    """Check options, model folder, data, run folder and machine; fetch the weights from the hub if
+    need be. Raises ValueError."""
+    setup = resolve(config)
     if problems := obstacles(config, setup):
         raise ValueError(problems[0])
     fetch_weights(config.model)
     return setup
 
 
-def look(config: Config) -> Setup:
-    """All but the machine. Raises ValueError."""
+def resolve(config: Config) -> Setup:
+    """All checks but those of the machine. Raises ValueError."""
     check_options(config)
     inputs = read_inputs(config)
     fitting = inputs.prompts
@@ -72,10 +93,9 @@ def look(config: Config) -> Setup:
         )
     chosen = sorted(random.Random(config.seed).sample(range(len(fitting)), config.window))
     window = [fitting[i] for i in chosen]
-    folder = Path("runs") / config.name
+    folder = config.folder
     check_same_config(folder, config, MAY_CHANGE)
-    known = folder / "window.json"
-    if known.exists() and json.loads(known.read_text()) != [p.id for p in window]:
+    if folder.window_file.exists() and folder.window_ids() != [p.id for p in window]:
         raise ValueError(
             f"{folder} holds a run on other prompts: {config.data} has changed; choose another "
             "--name"
@@ -96,10 +116,10 @@ def check_options(config: Config) -> None:
             f"{config.window} in batches of {config.batch} are "
             f"{config.epochs * (config.window // config.batch)} steps"
         )
-    if config.batch % ranks():
+    if config.batch % world_size():
         raise ValueError(
-            f"batch {config.batch} cannot be shared evenly by {ranks()} ranks; choose a multiple "
-            f"of {ranks()}"
+            f"batch {config.batch} cannot be shared evenly by {world_size()} ranks; choose a "
+            f"multiple of {world_size()}"
         )
     if config.sampling.temperature <= 0:
         raise ValueError(
@@ -109,39 +129,40 @@ def check_options(config: Config) -> None:
 
 
 def obstacles(config: Config, setup: Setup) -> list[str]:
-    """Why this machine, as it is now, could not do the run."""
-    found = []
+    """Why this machine, as it is now, could not do the run; [] if no reason is found."""
+    problems, machine = [], this_machine()
     try:
-        make_judge(config, setup.folder / LEDGER, ranks())
+        check_judge(config, world_size())
     except ValueError as error:
-        found.append(str(error))
+        problems.append(str(error))
     if config.wandb and not wandb_ready():
-        found.append(
+        problems.append(
             "--wandb is asked for, but no key is known: `wandb login` first, or WANDB_MODE=offline"
         )
-    parts, there = memory(config, setup), per_rank()
-    if sum(parts.values()) > there:
+    parts = footprint.memory(config, setup.size, machine)
+    if sum(parts.values()) > machine.memory:
         shown = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
-        found.append(
+        problems.append(
             f"a rank needs about {sum(parts.values()) / GB:.1f} GB ({shown}) and this machine has "
-            f"{there / GB:.1f} GB a rank; more GPUs, a smaller --model, or lower "
+            f"{machine.memory / GB:.1f} GB a rank; more GPUs, a smaller --model, or lower "
             "--policy.micro_batch_tokens or --engine.* (--dry_run shows the whole plan; --preset "
             "small is a run for two CPU cores)"
         )
-    longest, seats = longest_row(config), kv_tokens(config, setup)
-    if config.sampler == "vllm" and longest > seats:
-        found.append(
-            f"vLLM's cache holds about {seats:,} tokens and one rollout may take {longest:,}; "
+    longest, capacity = config.longest_row, footprint.kv_tokens(config, setup.size, machine)
+    if config.sampler == "vllm" and longest > capacity:
+        problems.append(
+            f"vLLM's cache holds about {capacity:,} tokens and one rollout may take {longest:,}; "
             "raise --engine.gpu_memory (GPU) or --engine.kv_cache_gb (CPU), or lower "
             "--sampling.max_tokens"
         )
-    needed, free = sum(disk(config, setup).values()), disk_free(setup.folder)
+    needed = sum(footprint.disk(config, setup.size).values())
+    free = footprint.disk_free(setup.folder.path)
     if needed > free:
-        found.append(
+        problems.append(
             f"{setup.folder} needs about {needed / GB:.1f} GB of disk and {free / GB:.1f} GB are "
             "free; --keep_checkpoints N keeps the newest N only"
         )
-    return found
+    return problems
 
 
 def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[Prompt]]:
@@ -158,42 +179,6 @@ def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[
 
 
 # --------------------------------------------------------------------------------------------------
-# Memory and disk, in bytes
-
-
-def memory(config: Config, setup: Setup) -> dict[str, float]:
-    """Peak of one rank of this start on this machine."""
-    sampler = footprint.engine(config, setup.size, per_rank(), torch.cuda.is_available())
-    parts = footprint.training(config, setup.size, ranks())
-    return {**parts, "margin": (MARGIN - 1) * sum(parts.values()), "sampler": sampler}
-
-
-def kv_tokens(config: Config, setup: Setup) -> int:
-    """Tokens that vLLM's KV cache holds on one rank."""
-    return footprint.kv_tokens(config, setup.size, per_rank(), torch.cuda.is_available())
-
-
-def disk(config: Config, setup: Setup) -> dict[str, float]:
-    """What the run's folder grows to, the responses and judgements (a few GB at most) left out."""
-    m = setup.size
-    checkpoints = config.cycles * (config.rl_steps // config.save_every if config.save_every else 1)
-    kept = itemsize(config.policy.parameters)
-    optimizer_and_reference = 2 * kept + itemsize(config.policy.dtype)
-    state = kept + (optimizer_and_reference if config.save_every else 0)
-    return {
-        "checkpoints": 2 * m.parameters * min(checkpoints, config.keep_checkpoints or checkpoints),
-        "state": 3 * state * m.parameters,  # the newest two and the one being written
-    }
-
-
-def disk_free(folder: Path) -> float:
-    """Free bytes where the folder is or will be, and what it holds already."""
-    held = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free + held
-
-
-# --------------------------------------------------------------------------------------------------
 # The dry run
 
 
@@ -203,12 +188,14 @@ def describe(config: Config, setup: Setup) -> str:
         "Inputs": _inputs(config, setup),
         "Schedule": _schedule(config, setup),
         "Judge": _judge(config, setup),
-        f"Memory of each of {ranks()} rank(s), by formula": _sizes(memory(config, setup))
-        + [f"{'this machine has':<34} {per_rank() / GB:8.1f} GB"],
-        f"Disk, {setup.folder}/": _sizes(disk(config, setup))
-        + [f"{'free there':<34} {disk_free(setup.folder) / GB:8.1f} GB"]
+        f"Memory of each of {world_size()} rank(s), by formula": _sizes(
+            footprint.memory(config, setup.size, this_machine())
+        )
+        + [f"{'this machine has':<34} {this_machine().memory / GB:8.1f} GB"],
+        f"Disk, {setup.folder}/": _sizes(footprint.disk(config, setup.size))
+        + [f"{'free there':<34} {footprint.disk_free(setup.folder.path) / GB:8.1f} GB"]
         + _files(config),
-        "In the way of the run": obstacles(config, setup) or ["nothing that is known now"],
+        "Obstacles": obstacles(config, setup) or ["none found"],
     }
     text = f"Dry run of preset {config.preset}; nothing was loaded, sampled, judged or written."
     for title, lines in sections.items():
@@ -218,6 +205,9 @@ def describe(config: Config, setup: Setup) -> str:
 
 def _inputs(config: Config, setup: Setup) -> list[str]:
     inputs, m = setup.inputs, setup.size
+    sampler = config.sampler
+    if sampler == "vllm":
+        sampler += f", KV cache for {footprint.kv_tokens(config, m, this_machine()):,} tokens"
     lengths = sorted(len(inputs.prompt_ids[p.id]) for p in setup.window)
     first = step_batches(config, setup.window, 1)[0]
     conversation = first[0].conversation[-1]["content"].strip().splitlines()[0]
@@ -233,9 +223,7 @@ def _inputs(config: Config, setup: Setup) -> list[str]:
         f"responses, {'shown' if config.use_references else 'not shown'} to the judge",
         f"first step  {len(first)} prompts, {sum(len(inputs.prompt_ids[p.id]) for p in first):,} "
         f"tokens; the first: {conversation[:60]!r}",
-        f"sampler     {config.sampler}"
-        + (f", KV cache for {kv_tokens(config, setup):,} tokens" * (config.sampler == "vllm"))
-        + f"; attention in training {attention(config.policy)}",
+        f"sampler     {sampler}; attention in training {attention(config.policy)}",
     ]
 
 
@@ -294,7 +282,8 @@ def _judge(config: Config, setup: Setup) -> list[str]:
     reply = tokens(json.dumps(dict.fromkeys(ATTRIBUTES, 8)))
     c, (price_in, price_out) = config.client, prices(config.judge, config.client)
     lines = [
-        f"{config.judge}, at most {calls:,} answers, {c.concurrency} at once, {c.tries} tries each",
+        f"{config.judge}, at most {calls:,} answers, {c.concurrency} at once, at most "
+        f"{c.attempts} attempts each",
         f"malformed answers and answers seen before are not asked; {reply} tokens a reply",
         f"budget: {'none' if c.max_cost is None else f'${c.max_cost:,.2f}'} (--client.max_cost), "
         f"{'none' if c.max_calls is None else f'{c.max_calls:,} calls'} (--client.max_calls)",

@@ -25,16 +25,13 @@ import numpy as np
 import sklearn
 import tyro
 
-import control_tables
-import further_tables
-import inference
-from controls import calibrations, qualities
-from files import write_text
-from ledger import read_lines
+from evaluation import control_tables, further_tables, intervals
+from evaluation.controls import calibrations, qualities
+from evaluation.results import TRAINING, Cell, Evaluation, load_evaluation, load_run
+from evaluation.tables import Table, Tables, over, settings
 from prompts import ATTRIBUTES
-from results import TRAINING, Cell, Evaluation, load, load_run
-from sources import metrics_until
-from tables import Table, Tables, over, settings
+from storage.files import write_text
+from storage.run_folder import RunFolder, metrics_until
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -102,8 +99,7 @@ def training(runs: Sequence[Path], path: Path) -> bool:
     names = ("quality", "calibration", "well_formed", "response_tokens")
     found = {}
     for run in runs:
-        lines = [x for _, _, x in read_lines(run / "metrics.jsonl")]
-        found[run.name] = [x for x in lines if x["phase"] == "rl"]
+        found[run.name] = [x for x in RunFolder(run).metrics() if x["phase"] == "rl"]
     if not any(found.values()):
         return False
     fig, axes = plt.subplots(1, len(names), figsize=(15, 3.2), layout="constrained")
@@ -166,7 +162,7 @@ def by_judge_score(c: Cell, score: int) -> tuple[list[float], list[str]]:
     ]
 
 
-def _bars(found: Sequence[inference.Interval]) -> list[list[float]]:
+def _bars(found: Sequence[intervals.Interval]) -> list[list[float]]:
     """Distances of the interval's ends from the mean."""
     return [
         [abs((x.mean or 0) - (end if end is not None else x.mean or 0)) for x, end in
@@ -175,7 +171,7 @@ def _bars(found: Sequence[inference.Interval]) -> list[list[float]]:
     ]  # fmt: skip
 
 
-def _line(axis, at: Sequence[float], found: Sequence[inference.Interval], label: str) -> None:
+def _line(axis, at: Sequence[float], found: Sequence[intervals.Interval], label: str) -> None:
     axis.errorbar(at, [x.mean for x in found], _bars(found), marker="o", markersize=3, capsize=2,
                   label=label)  # fmt: skip
 
@@ -231,13 +227,13 @@ def page(
 ) -> str:
     """report.html. Text of models and prompts is escaped by the template."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "evaluation"), autoescape=True
     )
     pictures = {
         name: base64.b64encode(path.read_bytes()).decode() for name, path in figures.items()
     }
     choices = {key: list(dict.fromkeys(a[key] for a in shown)) for key in ("benchmark", "model")}
-    return environment.get_template("report_page.html").render(
+    return environment.get_template("page.html").render(
         title=title, judge=judge, tables=tables, figures=pictures, answers=shown,
         attributes=ATTRIBUTES, choices=choices,
     )  # fmt: skip
@@ -257,8 +253,8 @@ def run(command: Command) -> str:
     runs = [load_run(folder) for folder in command.runs]
     cells, tables, judge, drawn = [*runs], [], "", []
     if command.results:
-        t = Tables([load(folder) for folder in command.results], command.models)
-        others = by_settings([load(folder) for folder in command.beside])
+        t = Tables([load_evaluation(folder) for folder in command.results], command.models)
+        others = by_settings([load_evaluation(folder) for folder in command.beside])
         with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # speed
             tables = [*t.all(), *control_tables.all_tables(t)]
             tables += further_tables.all_tables(t, others)

@@ -1,9 +1,10 @@
 """Lines 7-18 of Algorithm 1: sample responses, judge the well-formed ones, reward all, keep every
 one on file.
 
-A rollout is judged when it finishes, while others are still being sampled. A malformed response
-gets the penalty and is never sent to the judge. A judge that fails for good stops the run on all
-ranks; no score is made up."""
+A response is judged as soon as it is sampled, while others are still being sampled. A malformed
+response gets the penalty and is never sent to the judge. A judge that fails after its last attempt
+stops the run on all ranks; no score is made up.
+"""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -11,63 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-import buffer
-import parallel
 import reward
-from buffer import Rollout
-from client import Background, JudgeError
-from data import Prompt, load_prompts
-from hub import data_file, model_folder
-from logbook import Clock
-from policy import check_model_folder, load_tokenizer
-from prompts import check_tokenizer, parse_self_eval, prompt_ids, score_positions, stray
+from backend import parallel
+from backend.sampler import Request, Sample, SamplingParams, seed_of
+from judging.client import Background, JudgeError
+from prompts import parse_self_eval, score_positions, stray
 from reward import RewardConfig
-from sampler import Request, Sample, SamplingParams, longest_row, seed_of
-
-
-class Inputs(NamedTuple):
-    """What a command is given, read and checked before weights are loaded."""
-
-    model: Path  # the model's local folder
-    tokenizer: object
-    prompts: list[Prompt]  # those within the prompt limit, in file order
-    prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the whole policy prompt
-    too_long: int  # prompts over the limit
-    near_duplicates: int = 0  # evaluation only: nearly a training prompt or a few-shot example
-
-
-def read_inputs(config) -> Inputs:
-    """Check the model folder and its tokenizer, read and tokenise the prompts (`config` is cycle's
-    or evaluate's). A hub model's weights are not fetched yet. Raises ValueError."""
-    model = model_folder(config.model)
-    check_model_folder(model, longest_row(config))
-    prompts = load_prompts(data_file(config.data))
-    tokenizer = load_tokenizer(model)
-    check_tokenizer(tokenizer)
-    ids = {
-        p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
-        for p in prompts
-    }
-    fitting = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
-    return Inputs(model, tokenizer, fitting, ids, len(prompts) - len(fitting))
+from storage.data import Prompt
+from storage.logbook import Clock
+from storage.progress import progress
+from storage.record import Rollout, append_rollout
 
 
 class Sampled(NamedTuple):
-    """A step that is sampled and perhaps not yet judged; this rank's share."""
+    """This rank's share of a step: sampled, and perhaps not yet judged."""
 
     keys: list[tuple]  # of the rollouts, groups contiguous
     responses: list[tuple[Sequence[int], Sequence[int]]]  # prompt ids and response ids, as keys
     on_file: dict[tuple, Rollout]
-    judged: list[Future]  # of the others
+    pending: list[Future]  # the others, on their way to the judge
 
 
 @dataclass
 class Collector:
-    """Samples, judges and keeps; what stays the same over the steps of a run."""
+    """Samples, judges and keeps; holds what stays the same over the steps of a run."""
 
-    sampler: object  # see sampler.py for the interface
+    sampler: object  # see backend/sampler.py for the interface
     judge: object  # see judge.py for the interface
     tokenizer: object
     prompts: Mapping[str, Prompt]  # by id
@@ -85,30 +55,17 @@ class Collector:
         rank, ranks = parallel.rank(), parallel.world_size()
         mine = batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]
         one_seed = seed_of(self.seed, cycle, step, rank)
+
+        def seed(prompt_id: str, k: int) -> int:
+            if self.sampler.seed_per_rollout:
+                return seed_of(self.seed, cycle, step, prompt_id, k)
+            return one_seed
+
         return [
-            Request(
-                p.id,
-                k,
-                self.prompt_ids[p.id],
-                seed_of(self.seed, cycle, step, p.id, k)
-                if self.sampler.seed_per_rollout
-                else one_seed,
-            )
+            Request(p.id, k, self.prompt_ids[p.id], seed(p.id, k))
             for p in mine
             for k in range(self.rollouts)
         ]
-
-    def collect(
-        self,
-        cycle: int,
-        step: int,
-        batch: Sequence[Prompt],
-        on_file: Mapping[tuple, Rollout],
-        path: Path,
-        version: str,
-    ) -> list[Rollout]:
-        """This rank's rollouts of one step, groups contiguous: `sample`, then `judged`."""
-        return self.judged(self.sample(cycle, step, batch, on_file, path, version))
 
     def sample(
         self,
@@ -117,127 +74,127 @@ class Collector:
         batch: Sequence[Prompt],
         on_file: Mapping[tuple, Rollout],
         path: Path,
-        version: str,
+        weight_version: str,
     ) -> Sampled:
-        """Sample this rank's share of a step with the weights `version`, each response on its way
-        to the judge as soon as it is there; those on file are taken from there.
+        """Sample this rank's share of a step, each response on its way to the judge as soon as it
+        is finished (line 7). Rollouts of `weight_version` in `on_file` are taken from there, new
+        ones are appended to `path`.
 
-        A sampler with one seed per call samples an incomplete step anew (the same weights give the
-        same responses, and the judge's cache the same scores); one with a seed per rollout samples
+        A sampler with one seed per call samples an incomplete step anew: the same weights give the
+        same responses, and the judge's cache the same scores. One with a seed per rollout samples
         what is missing. Collective at its end, where all ranks stop if the judge of one has failed.
         """
         requests = self.requests(cycle, step, batch)
-        done = {key: r for key, r in on_file.items() if r.weight_version == version}
+        finished = {key: r for key, r in on_file.items() if r.weight_version == weight_version}
         keys = [(step, q.prompt_id, q.sample) for q in requests]
-        missing = [q for q, key in zip(requests, keys, strict=True) if key not in done]
+        missing = [q for q, key in zip(requests, keys, strict=True) if key not in finished]
         if missing and not self.sampler.seed_per_rollout:
             missing = requests
 
-        tokens = {key: r.response_ids for key, r in done.items()}
-        judged: list[Future] = []
+        response_ids = {key: r.response_ids for key, r in finished.items()}
+        pending: list[Future] = []
         failed = False
-        bar = tqdm(
-            total=len(missing),
-            desc="rollouts",
-            leave=False,
-            disable=parallel.rank() != 0 or not missing,
-        )
+        bar = progress(total=len(missing), desc="rollouts", leave=False, rank=parallel.rank())
         with self.clock("sampling"), bar:
             for sample in self.sampler.sample(missing, self.params):
-                if sample.weight_version != version:
+                if sample.weight_version != weight_version:
                     raise RuntimeError(
-                        f"the sampler has weights {sample.weight_version!r}, not {version!r}"
+                        f"the sampler has weights {sample.weight_version!r}, not {weight_version!r}"
                     )
-                q = sample.request
-                tokens[step, q.prompt_id, q.sample] = sample.response_ids
-                judged.append(
-                    self.background.submit(self._judge_and_keep(sample, path, cycle, step))
-                )
+                request = sample.request
+                response_ids[step, request.prompt_id, request.sample] = sample.response_ids
+                work = self._judge_and_reward(sample, cycle, step, path)
+                pending.append(self.background.submit(work))
                 bar.update()
-                if failed := any(f.done() and f.exception() for f in judged):
+                if failed := any(f.done() and f.exception() for f in pending):
                     break
-        sampled = Sampled(keys, [], done, judged)
+        sampled = Sampled(keys, [], finished, pending)
         with self.clock("waiting"):
             failed = parallel.all_max(float(failed))
         if failed:
-            self.judged(sampled)  # raises
-        responses = [(q.prompt_ids, tokens[key]) for q, key in zip(requests, keys, strict=True)]
-        return sampled._replace(responses=responses)
+            self.wait_for_judge(sampled)  # raises
+        pairs = zip(requests, keys, strict=True)
+        return sampled._replace(responses=[(q.prompt_ids, response_ids[key]) for q, key in pairs])
 
-    def judged(self, sampled: Sampled) -> list[Rollout]:
-        """The rollouts with their scores and rewards, when the judge has given the last.
-        Collective at its end."""
-        done, error = dict(sampled.on_file), None
+    def wait_for_judge(self, sampled: Sampled) -> list[Rollout]:
+        """The step's rollouts once all are judged and rewarded, as `sampled.keys`. Collective at
+        its end. Raises JudgeError."""
+        rollouts, error = dict(sampled.on_file), None
         try:
             with self.clock("judge_tail"):
-                wait(sampled.judged)  # after a failure too: what is in flight is paid for, and kept
-                for future in sampled.judged:
+                wait(
+                    sampled.pending
+                )  # after a failure too: what is in flight is paid for, and kept
+                for future in sampled.pending:
                     rollout = future.result()
-                    done[rollout.key] = rollout
+                    rollouts[rollout.key] = rollout
         except JudgeError as failure:
             error = failure
         with self.clock("waiting"):
             parallel.raise_together(error)
-        return [done[key] for key in sampled.keys]
+        return [rollouts[key] for key in sampled.keys]
 
-    def spent(self) -> dict[str, dict[str, float]]:
-        """{"judge": calls, failed tries among them and US dollars of all ranks since the last
+    def judge_costs(self) -> dict[str, dict[str, float]]:
+        """{"judge": calls, failed attempts among them and US dollars of all ranks since the last
         time}; {} for an offline judge. Collective."""
-        return {"judge": parallel.all_sum(self.judge.lap())} if hasattr(self.judge, "lap") else {}
+        if self.judge.client is None:
+            return {}
+        return {"judge": parallel.all_sum(self.judge.client.take_counts())}
 
-    async def _judge_and_keep(self, sample: Sample, path: Path, cycle: int, step: int) -> Rollout:
-        q = sample.request
+    async def _judge_and_reward(self, sample: Sample, cycle: int, step: int, path: Path) -> Rollout:
+        """Lines 8-17 for one response; the rollout is on file when this returns."""
+        request, config = sample.request, self.reward
         block = parse_self_eval(sample.text)  # line 8
-        scores = None
-        if block:
-            prompt = self.prompts[q.prompt_id]
+        answer = self_scores = positions = scores = quality = calibration = None  # line 9
+        if block is not None:
+            answer, self_scores = block
+            positions = score_positions(sample.response_ids, self.tokenizer)
+            prompt = self.prompts[request.prompt_id]
             references = prompt.references if self.use_references else ()
-            scores = await self.judge.score(
-                prompt.conversation, block.answer, references
-            )  # line 12
-        c = self.reward
+            scores = await self.judge.score(prompt.conversation, answer, references)  # line 12
+            quality = reward.quality(scores)  # line 13
+            calibration = reward.calibration(self_scores, scores, config.gamma)  # lines 14-15
         rollout = Rollout(
             cycle=cycle,
             step=step,
-            prompt_id=q.prompt_id,
-            sample=q.sample,
-            seed=q.seed,
-            prompt_ids=tuple(q.prompt_ids),
+            prompt_id=request.prompt_id,
+            sample=request.sample,
+            seed=request.seed,
+            prompt_ids=tuple(request.prompt_ids),
             response_ids=sample.response_ids,
             text=sample.text,
             finish_reason=sample.finish_reason,
-            answer=block and block.answer,
-            self_scores=block and block.scores,
-            score_positions=score_positions(sample.response_ids, self.tokenizer) if block else None,
+            answer=answer,
+            self_scores=self_scores,
+            score_positions=positions,
             judge_scores=scores,
             judge_model=self.judge.name if block else None,
-            reward=reward.reward(
-                block and block.scores, scores, c.w_quality, c.w_calibration, c.gamma, c.penalty
+            reward=reward.reward(  # lines 10 and 16, Eq. 1
+                self_scores,
+                scores,
+                w_quality=config.w_quality,
+                w_calibration=config.w_calibration,
+                gamma=config.gamma,
+                penalty=config.penalty,
             ),
-            quality=reward.quality(scores) if block else None,  # line 13
-            calibration=reward.calibration(block.scores, scores, c.gamma)
-            if block
-            else None,  # lines 14-15
+            quality=quality,
+            calibration=calibration,
             weight_version=sample.weight_version,
             sampled_logp=sample.logp,
         )
-        buffer.append(path, rollout)
+        append_rollout(path, rollout)
         return rollout
 
 
-def in_buffer(rollout: Rollout) -> bool:
-    """Line 20: well-formed, judged, and each score digit a token of its own."""
-    return rollout.judge_scores is not None and rollout.score_positions is not None
-
-
-def figures(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
-    """Means over all ranks' rollouts of a step; those of scores over the well-formed ones.
-    Collective.
+def rollout_means(rollouts: Sequence[Rollout], group_size: int) -> dict[str, float | None]:
+    """Means over all ranks' rollouts of a step (this rank's are whole groups, contiguous); those of
+    scores over the well-formed ones. Collective.
 
     quality, calibration and mae are None where no rollout was well-formed.
     """
     valid = [r for r in rollouts if r.self_scores is not None]
     flaws = [stray(r.answer) for r in valid]
+    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
     total = parallel.all_sum(
         {
             "rollouts": len(rollouts),
@@ -251,10 +208,12 @@ def figures(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
             "shared_digits": sum(r.score_positions is None for r in valid),
             "open_fence": sum(f["open_fence"] for f in flaws),
             "stray_label": sum(f["stray_label"] for f in flaws),
+            "zero_variance_groups": sum(len({r.reward for r in group}) == 1 for group in groups),
         }
     )
-    over_all = ("reward", "truncated", "response_tokens")
-    means = {name: total[name] / total["rollouts"] for name in over_all}
+    means = {"zero_variance_groups": int(total["zero_variance_groups"])}
+    for name in ("reward", "truncated", "response_tokens"):
+        means[name] = total[name] / total["rollouts"]
     means["well_formed"] = total["valid"] / total["rollouts"]
     for name in ("quality", "calibration", "mae", "shared_digits", "open_fence", "stray_label"):
         means[name] = total[name] / total["valid"] if total["valid"] else None

@@ -18,16 +18,17 @@ Shapes: B rows of a micro-batch, T tokens.
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-import parallel
-from buffer import Rollout
-from packing import Row, share_out
-from policy import Policy, PolicyConfig
+from backend import parallel
+from backend.packing import Row, share_out
+from backend.policy import Policy, PolicyConfig
 from prompts import digit_ids
+from storage.record import Rollout
 
 
 @dataclass(frozen=True)
@@ -83,46 +84,59 @@ def lr_factor(update: int, updates: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (update - warm) / (updates - warm)))
 
 
-def distil(
+class Update(NamedTuple):
+    """What one optimiser step of phase 2 is made of."""
+
+    rows: list[Row]  # of all ranks; the last update of the epoch may have fewer
+    lr: float
+
+
+def updates(rows: Sequence[Row], config: SFTConfig, seed: int) -> list[Update]:
+    """One epoch over the rows in an order drawn by `seed`, with the learning rate of each
+    update."""
+    rows = list(rows)
+    random.Random(seed).shuffle(rows)
+    batches = [rows[i : i + config.batch] for i in range(0, len(rows), config.batch)]
+    factors = [lr_factor(k, len(batches), config.warmup) for k in range(len(batches))]
+    return [
+        Update(batch, config.lr * factor) for batch, factor in zip(batches, factors, strict=True)
+    ]
+
+
+def make_optimizer(policy: Policy, config: SFTConfig) -> torch.optim.AdamW:
+    """A fresh AdamW, as at the start of every phase; each update sets its learning rate."""
+    return torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def sft_step(
     policy: Policy,
-    tokenizer,
-    rollouts: Sequence[Rollout],
+    optimizer: torch.optim.Optimizer,
+    update: Update,
     config: SFTConfig,
     batching: PolicyConfig,
-    seed: int,
-) -> Iterator[dict[str, float]]:
-    """One epoch over the selected rollouts (the same list on every rank); yields figures after each
-    update."""
-    rows = [distillation_row(r, tokenizer) for r in rollouts]
-    random.Random(seed).shuffle(rows)
-    updates = math.ceil(len(rows) / config.batch)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )  # fresh
-    for update in range(updates):
-        batch_rows = rows[update * config.batch : (update + 1) * config.batch]
-        work = share_out(  # one group: all share the template
-            batch_rows, [0] * len(batch_rows), batching.micro_batch_tokens, batching.shared_prefix
-        )
-        denominator = sum(sum(row.mask) for row in batch_rows)  # 5 per row, over all ranks
-        nll = 0.0
-        for batch in work.batches:
-            logp = policy(batch).logp  # (B, T), temperature 1
-            loss = masked_loss(logp, batch.mask, denominator)
-            # FSDP averages gradients over ranks; with a global denominator ours are to be added.
-            (loss * parallel.world_size()).backward()
-            nll += loss.item()
-        lr = config.lr * lr_factor(update, updates, config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield {
-            "updates": updates,
-            "loss": parallel.all_sum({"nll": nll})["nll"],
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "rows": len(batch_rows),
-            "imbalance": work.imbalance,
-        }
+) -> dict[str, float]:
+    """One optimiser step on an update's rows (the same on every rank). Returns figures of the step
+    over all ranks. Collective."""
+    one_group = [0] * len(update.rows)  # all share the template
+    work = share_out(update.rows, one_group, batching.micro_batch_tokens, batching.shared_prefix)
+    denominator = sum(sum(row.mask) for row in update.rows)  # 5 per row, over all ranks
+    nll = 0.0
+    for batch in work.batches:
+        logp = policy(batch).logp  # (B, T), temperature 1
+        loss = masked_loss(logp, batch.mask, denominator)
+        loss.backward()
+        nll += loss.item()
+    for group in optimizer.param_groups:
+        group["lr"] = update.lr
+    grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {
+        "loss": parallel.all_sum({"nll": nll})["nll"],
+        "lr": update.lr,
+        "grad_norm": grad_norm,
+        "rows": len(update.rows),
+        "imbalance": work.imbalance,
+    }

@@ -23,6 +23,8 @@ from types import SimpleNamespace
 import torch
 from sides import Side, Stopwatch, agreement, compare, print_table
 
+from storage.record import read_rollouts
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 TEMPERATURE = 0.8
 
@@ -46,10 +48,9 @@ def drawn(prompt_tokens: int, responses: int, response_tokens: int) -> list[Simp
 
 def from_file(path: str) -> list:
     """The first group of a run's rollouts whose rewards differ."""
-    import buffer
 
     groups: dict = {}
-    for r in buffer.read(Path(path)):
+    for r in read_rollouts(Path(path)):
         groups.setdefault((r.step, r.prompt_id), []).append(r)
     return next(g for g in groups.values() if len({r.reward for r in g}) > 1)
 
@@ -57,12 +58,12 @@ def from_file(path: str) -> list:
 class See:
     def __init__(self, model: str, rollouts: list, options: dict):
         import grpo
-        import parallel
-        import policy
+        from backend import packing, parallel, policy
 
         self.group = parallel.process_group()
         self.group.__enter__()
         self.grpo, self.parallel, self.rollouts = grpo, parallel, rollouts
+        self.share_out = packing.share_out
         self.config = policy.PolicyConfig(
             dtype=options["dtype"],
             gradient_checkpointing=options["checkpointing"],
@@ -76,12 +77,14 @@ class See:
     def step(self) -> Stopwatch:
         watch, g, n = Stopwatch(), self.grpo, len(self.rollouts)
         with watch("reference"):
-            work = g.micro_batches(self.rows, n, self.config)
+            c = self.config
+            work = self.share_out(self.rows, [0] * n, c.micro_batch_tokens, c.shared_prefix)
             refs = g.reference_logps(self.reference, work.batches, TEMPERATURE)
         with watch("update"):
+            rewards = torch.tensor([r.reward for r in self.rollouts], dtype=torch.float64)
             g.rl_step(
-                self.policy, self.optimizer, work, refs, self.rollouts, n, TEMPERATURE,
-                g.GRPOConfig(),
+                self.policy, self.optimizer, work, self.rollouts, g.group_advantages(rewards, n),
+                refs, TEMPERATURE, g.GRPOConfig(),
             )  # fmt: skip
         return watch
 

@@ -27,17 +27,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from fake_judge import FAULTS, FakeJudge  # noqa: E402
 
-import parallel  # noqa: E402
-import presets  # noqa: E402
 import rollout  # noqa: E402
-from client import Background  # noqa: E402
-from endpoint import ClientConfig  # noqa: E402
-from heuristic import HeuristicJudge  # noqa: E402
+from backend import parallel  # noqa: E402
+from backend.sampler import choose_sampler, make_sampler  # noqa: E402
+from config import SMALL  # noqa: E402
 from judge import ask_all, make_judge  # noqa: E402
-from ledger import LEDGER, read_tries, render_totals  # noqa: E402
-from logbook import Clock  # noqa: E402
-from plan import look, step_batches  # noqa: E402
-from sampler import choose, make_sampler  # noqa: E402
+from judging.client import Background  # noqa: E402
+from judging.endpoint import ClientConfig  # noqa: E402
+from judging.heuristic import HeuristicJudge  # noqa: E402
+from judging.ledger import read_attempts, render_totals  # noqa: E402
+from plan import resolve, step_batches  # noqa: E402
+from storage.logbook import Clock  # noqa: E402
+from storage.run_folder import Folder  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Faults:
                     p.wait()
             codes = [p.wait() for p in self._start(folder, server.url)]
             wall = time.monotonic() - began
-            tries = list(read_tries(Path(folder) / LEDGER))
+            tries = list(read_attempts(Folder(Path(folder)).judge_cache))
             good = [t for t in tries if t["outcome"] == "ok"]
             asked = [t["request"]["messages"][1]["content"] for t in good]
             invented = sum(
@@ -133,11 +134,11 @@ class Overlap:
         server.start()
         os.environ |= {"OPENAI_BASE_URL": here.recv(), "OPENAI_API_KEY": "none"}
         config = dataclasses.replace(
-            presets.SMALL, model=self.model, data=self.data, window=self.batch, batch=self.batch,
-            rl_steps=1, rollouts=self.rollouts, name="bench", sampler=choose("auto"),
+            SMALL, model=self.model, data=self.data, window=self.batch, batch=self.batch,
+            rl_steps=1, rollouts=self.rollouts, name="bench", sampler=choose_sampler("auto"),
             sample_rows=self.sample_rows,
         )  # fmt: skip
-        setup = look(config)
+        setup = resolve(config)
         with parallel.process_group(), tempfile.TemporaryDirectory() as folder:
             sampler = make_sampler(
                 config, setup.inputs.model, setup.inputs.tokenizer, "bfloat16", "base"
@@ -184,7 +185,8 @@ class Collect:
         [batch] = step_batches(c, self.setup.window, 1)
         path = self.folder / f"rollouts_{self.calls}.jsonl"
         began = time.perf_counter()
-        rollouts = collector.collect(1, 1, batch, {}, path, self.sampler.weight_version)
+        sampled = collector.sample(1, 1, batch, {}, path, self.sampler.weight_version)
+        rollouts = collector.wait_for_judge(sampled)
         return time.perf_counter() - began, rollouts
 
 

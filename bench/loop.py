@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from logbook import read_metrics  # noqa: E402
+from storage.run_folder import RunFolder  # noqa: E402
 
 USEFUL = ("sampling", "reference", "training", "judge_tail")
 OTHERS = ("waiting", "hand_over", "saving", "loading", "other")
@@ -25,7 +25,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run's folder")
-    lines = read_metrics(parser.parse_args().run)
+    lines = RunFolder(parser.parse_args().run).metrics()
     if not lines:
         raise SystemExit("error: no metrics.jsonl there; give a run's folder")
     spent: dict[object, Counter] = {}

@@ -2,8 +2,8 @@
 
     python bench/memory.py --model DIR --gpus 4 --gpu_gb 96
 
-DIR needs a config.json and nothing else. The formulas (footprint.py) are held against a measured
-step on CPU by a test; no GPU has been measured.
+DIR needs a config.json and nothing else. A test holds the formulas (backend/footprint.py)
+against a measured step on CPU; no GPU has been measured.
 """
 
 import argparse
@@ -13,10 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import footprint  # noqa: E402
-from policy import model_size  # noqa: E402
-from presets import PRESETS  # noqa: E402
-from sampler import longest_row  # noqa: E402
+from backend import footprint  # noqa: E402
+from backend.policy import model_size  # noqa: E402
+from config import PRESETS  # noqa: E402
 
 
 def main() -> None:
@@ -31,24 +30,24 @@ def main() -> None:
     args = parser.parse_args()
     config, size = replace(PRESETS[args.preset], sampler="vllm"), model_size(args.model)
     config = replace(config, engine=replace(config.engine, sleep=args.sleep))
-    total = args.gpu_gb * 1e9
+    machine = footprint.Machine(args.gpu_gb * 1e9, cuda=True)
     parts = footprint.training(config, size, args.gpus)
     parts["margin"] = (footprint.MARGIN - 1) * sum(parts.values())
-    parts["vLLM: weights, KV cache"] = footprint.engine(config, size, total, cuda=True)
+    parts["vLLM: weights, KV cache"] = footprint.engine(config, size, machine)
     tokens = config.policy.micro_batch_tokens
     print(f"{size.kind}, {size.parameters / 1e9:.2f} B parameters, preset {args.preset}, "
           f"{args.gpus} GPUs, micro-batches of {tokens:,} tokens\n")  # fmt: skip
     for name, value in parts.items():
         print(f"  {name:<34}{value / 1e9:8.1f} GB")
     print(f"  {'of ' + format(args.gpu_gb, 'g') + ' GB':<34}{sum(parts.values()) / 1e9:8.1f} GB")
-    free = total - parts["vLLM: weights, KV cache"]
+    free = machine.memory - parts["vLLM: weights, KV cache"]
     fit = footprint.tokens_that_fit(config, size, args.gpus, free)
-    longest = longest_row(config)
+    longest = config.longest_row
     print(f"\n  tokens of a micro-batch that fit  {fit:10,}"
           + ("" if fit >= longest else f"   fewer than one row of {longest:,}"))  # fmt: skip
-    seats = footprint.kv_tokens(config, size, total, cuda=True)
-    print(f"  tokens in vLLM's KV cache         {seats:10,}"
-          + ("" if seats >= longest else f"   fewer than one rollout of {longest:,}"))  # fmt: skip
+    capacity = footprint.kv_tokens(config, size, machine)
+    print(f"  tokens in vLLM's KV cache         {capacity:10,}"
+          + ("" if capacity >= longest else f"   fewer than a rollout of {longest:,}"))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from buffer import Rollout  # noqa: E402
-from evaluate import Cell  # noqa: E402
+from config import CellConfig  # noqa: E402
 from prompts import render_response  # noqa: E402
-from sources import answer_id  # noqa: E402
+from storage.record import answer_id  # noqa: E402
 
 PROMPTS, MODELS = 805, ("base", "see")
 
@@ -38,7 +38,7 @@ def main() -> None:
         for model in MODELS:
             path = root / "results" / "alpaca_eval" / model
             path.mkdir(parents=True)
-            cell = Cell(model="m", data=str(data), name="x", window=str(window.parent))
+            cell = CellConfig(model="m", data=str(data), name="x", training_run=str(window.parent))
             (path / "config.json").write_text(json.dumps(dataclasses.asdict(cell)))
             rollouts = [answer(rng, k) for k in range(PROMPTS)]
             write(path / "rollouts.jsonl", [dataclasses.asdict(r) for r in rollouts])

@@ -3,7 +3,7 @@
     python bench/sft_step.py --model models/smollm2-135m
 
 32 different prompts behind one template, five scored tokens at the end of each row (Table 5, Sec.
-3.2). Ours is sft_masked.distil's update with the template read once; the usual way is a padded
+3.2). Ours is sft_masked.sft_step with the template read once; the usual way is a padded
 batch, full logits and labels of -100, by transformers' own loss, with the same fp32 parameters and
 bf16 autocast. Both recompute activations in backward. Seconds are medians of steps taken in turn.
 """
@@ -37,34 +37,25 @@ def drawn(rows: int, template: int, own: int) -> list[tuple[list[int], list[bool
 
 class See:
     def __init__(self, model: str, rows: list, options: dict):
-        import packing
-        import parallel
-        import policy
         import sft_masked
+        from backend import packing, parallel, policy
 
         self.group = parallel.process_group()
         self.group.__enter__()
-        self.parallel, self.packing, self.sft = parallel, packing, sft_masked
+        self.parallel, self.sft = parallel, sft_masked
         self.config = policy.PolicyConfig(**options)
         self.policy = policy.load_policy(model, self.config)
         self.rows = [packing.Row(*row) for row in rows]
-        c = sft_masked.SFTConfig()
-        self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True
-        )
+        self.optimizer = sft_masked.make_optimizer(self.policy, sft_masked.SFTConfig())
 
     def step(self, use=None) -> Stopwatch:
         watch, rows, c = Stopwatch(), self.rows, self.config
         with watch("update"):
-            work = self.packing.share_out(rows, [0] * len(rows), c.micro_batch_tokens, True)
-            for batch in work.batches:
-                logp = self.policy(batch).logp
-                self.sft.masked_loss(logp, batch.mask, 5 * len(rows)).backward()
-            self.parallel.clip_grad_norm(self.policy, 1.0)
-            if use:
-                use()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            update = self.sft.Update(rows, lr=2e-6)
+            hook = self.optimizer.register_step_pre_hook(lambda *_: use()) if use else None
+            self.sft.sft_step(self.policy, self.optimizer, update, self.sft.SFTConfig(), c)
+            if hook:
+                hook.remove()
         return watch
 
     def gradients(self) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import parallel  # noqa: E402
+from backend import parallel  # noqa: E402
 
 
 class Side:

@@ -25,9 +25,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import parallel
 import prompts
-from buffer import Rollout
+from backend import parallel
+from storage.record import Rollout
 
 ROOT = Path(__file__).parent.parent
 EOS = "<|end|>"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-import parallel
-from packing import Row, share_out
-from policy import PolicyConfig, load_policy, load_tokenizer
-from sampler import EngineConfig, Request, SamplingParams, VLLMSampler, seed_of
+from backend import parallel
+from backend.packing import Row, share_out
+from backend.policy import PolicyConfig, load_policy, load_tokenizer
+from backend.sampler import EngineConfig, Request, SamplingParams, VLLMSampler, seed_of
 
 FREE = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)
 TEXTS = ("Say something about rain.", "Say something about tea, and then about maps.", "Why?")
@@ -137,7 +137,7 @@ def main(folder: str, out: str) -> None:
 
         # Sleep and wake up: on CPU the same calls, which free nothing.
         sampler.sleep = True
-        sampler.rest()
+        sampler.sleep()
         sampler.load_weights(policy, "c1s5")
         said["gap_after_sleep"] = sample()[1]
 

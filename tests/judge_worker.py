@@ -7,18 +7,19 @@ import json
 import sys
 from pathlib import Path
 
-from client import Background, ChatClient
-from endpoint import ClientConfig, Endpoint, Service
-from files import append_line
 from judge import LLMJudge, ask_all
-from ledger import LEDGER, Ledger
+from judging.client import Background, ChatClient
+from judging.endpoint import ClientConfig, Endpoint, Service
+from judging.ledger import Ledger
+from storage.files import append_line
+from storage.run_folder import Folder
 
 
 def main(folder: str, rank: str, ranks: str, answers: str, concurrency: str, timeout: str) -> None:
     config = ClientConfig(backoff=0.05, backoff_max=1.0, timeout=float(timeout), tries=12)
     service = Service("some-judge", Endpoint(), config)
     share = int(concurrency) // int(ranks)
-    judge = LLMJudge(ChatClient(service, share, Ledger(Path(folder) / LEDGER)))
+    judge = LLMJudge(ChatClient(service, share, Ledger(Folder(Path(folder)).judge_cache)))
     turns = [{"role": "user", "content": "Say a number."}]
 
     async def one(k: int) -> None:

@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 from conftest import make_rollout
 
-import parallel
 import sft_masked
-from grpo import GRPOConfig, micro_batches, reference_logps, response_row, rl_step
-from policy import PolicyConfig, load_policy, load_tokenizer
+from backend import parallel
+from backend.packing import share_out
+from backend.policy import PolicyConfig, load_policy, load_tokenizer
+from grpo import GRPOConfig, group_advantages, reference_logps, response_row, rl_step
 
 ANSWERS = ("Yes.", "It is old and good.", "Well, it is what it is, and that is fine.", "No, no.")
 REWARDS = (0.3, -1.0, 0.9, 0.5, 0.2, 0.2, 0.7, 0.1)
@@ -47,10 +48,10 @@ def main(folder: str, out: str) -> None:
     ]
     rollouts = [replace(r, sampled_logp=(-1.0 - k,) * len(r.response_ids))
                 for k, r in enumerate(rollouts)]  # fmt: skip
-    sft_masked.torch.optim.AdamW = Capture
     cases, figures = {}, {}
     with parallel.process_group():
         rows = [response_row(r.prompt_ids, r.response_ids) for r in rollouts]
+        advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), 4)
         for shared in (True, False):
             for budget in (1, 150, 10_000):
                 batching = PolicyConfig(
@@ -62,18 +63,23 @@ def main(folder: str, out: str) -> None:
                     for p in policy.parameters():
                         p.mul_(1.02)  # so that the KL has a gradient
                 names = [name for name, _ in policy.model.named_parameters()]
-                work = micro_batches(rows, 4, batching)
+                work = share_out(rows, [k // 4 for k in range(8)], budget, shared)
                 ref_logps = reference_logps(reference, work.batches, 0.8)
                 for loss_mean in ("response", "token"):
                     config = GRPOConfig(loss_mean=loss_mean, kl_coef=0.5, grad_clip=1e9)
                     capture = Capture(policy.parameters())
-                    said = rl_step(policy, capture, work, ref_logps, rollouts, 4, 0.8, config)
+                    said = rl_step(
+                        policy, capture, work, rollouts, advantages, ref_logps, 0.8, config
+                    )
                     case = f"{loss_mean} {budget} {shared}"
                     figures[case] = {k: v for k, v in said.items() if k != "imbalance"}
                     cases[case] = dict(zip(names, Capture.grads, strict=True))
                 # Seven rows: ranks get different numbers of rows and of micro-batches.
                 config = sft_masked.SFTConfig(grad_clip=1e9)
-                list(sft_masked.distil(policy, tokenizer, rollouts[:7], config, batching, seed=0))
+                targets = [sft_masked.distillation_row(r, tokenizer) for r in rollouts[:7]]
+                capture = Capture(policy.parameters())
+                for update in sft_masked.updates(targets, config, seed=0):
+                    sft_masked.sft_step(policy, capture, update, config, batching)
                 cases[f"sft {budget} {shared}"] = dict(zip(names, Capture.grads, strict=True))
         if parallel.rank() == 0:
             torch.save(cases | {"figures": figures}, out)

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from conftest import make_rollout
 
-import buffer
 from buffer import select_stratified
-from files import drop_torn_line
+from storage.files import drop_torn_line
+from storage.record import append_rollout, read_rollouts
 
 
 def test_a_rollout_round_trips(tmp_path, tokenizer):
@@ -16,31 +16,31 @@ def test_a_rollout_round_trips(tmp_path, tokenizer):
     first = make_rollout(tokenizer, answer="naïve\u2028🦉")
     bad = make_rollout(tokenizer, sample=1, self_scores=None, score_positions=None, answer=None,
                        judge_scores=None, reward=-1.0)  # fmt: skip
-    buffer.append(path, first)
-    buffer.append(path, bad)
-    assert buffer.read(path) == [first, bad]
+    append_rollout(path, first)
+    append_rollout(path, bad)
+    assert read_rollouts(path) == [first, bad]
 
 
 def test_the_later_of_two_lines_counts(tmp_path, tokenizer):
     path = tmp_path / "r.jsonl"
     for reward in (0.1, 0.9):
-        buffer.append(path, make_rollout(tokenizer, reward=reward))
-    assert [r.reward for r in buffer.read(path)] == [0.9]
+        append_rollout(path, make_rollout(tokenizer, reward=reward))
+    assert [r.reward for r in read_rollouts(path)] == [0.9]
 
 
 def test_a_torn_last_line_is_dropped_and_any_other_is_an_error(tmp_path, tokenizer):
     path = tmp_path / "r.jsonl"
-    buffer.append(path, make_rollout(tokenizer))
+    append_rollout(path, make_rollout(tokenizer))
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match="r.jsonl:2"):
-        assert len(buffer.read(path)) == 1
+        assert len(read_rollouts(path)) == 1
     with pytest.warns(UserWarning, match="cut short"):
         drop_torn_line(path)
     assert path.read_bytes() == whole
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(ValueError, match="r.jsonl:1: not a rollout"):
-        buffer.read(path)
+        read_rollouts(path)
 
 
 def test_fewer_rows_than_asked_for_are_all_taken_without_the_limit():

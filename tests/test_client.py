@@ -11,10 +11,10 @@ from email.utils import format_datetime
 import pytest
 from fake_judge import FAULTS, GOOD, Reply
 
-from client import Background, ChatClient, JudgeError, Replay, retry_after
-from endpoint import ClientConfig, Endpoint, Service, prices
 from judge import LLMJudge, make_judge
-from ledger import Ledger, read_tries, totals
+from judging.client import Background, ChatClient, JudgeError, Replay, retry_after
+from judging.endpoint import ClientConfig, Endpoint, Service, prices
+from judging.ledger import Ledger, read_attempts, totals
 
 TURNS = [{"role": "user", "content": "Why is the sky blue?"}]
 LOOP = Background()
@@ -142,7 +142,7 @@ def test_every_fault_is_a_failed_try_under_its_own_reason(fake_judge, tmp_path, 
 def test_after_the_last_try_there_is_an_error_and_no_score(fake_judge, tmp_path):
     fake_judge.replies = [Reply("")] * 9
     [error] = score(make(tmp_path), "Scattering.")
-    assert isinstance(error, JudgeError) and "no usable reply in 4 tries" in str(error)
+    assert isinstance(error, JudgeError) and "no usable reply in 4 attempts" in str(error)
     assert "empty reply" in str(error) and len(fake_judge.bodies) == 4
     assert [row.get("outcome") for row in lines(tmp_path)] == ["empty reply"] * 4 + [None]
     fake_judge.replies = []
@@ -196,7 +196,9 @@ def test_retry_after_is_honoured_as_number_and_as_date(fake_judge, tmp_path):
 
 def test_the_back_off_doubles_and_is_jittered(fake_judge, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("client.random.uniform", lambda low, high: asked.append((low, high)) or 0)
+    monkeypatch.setattr(
+        "judging.client.random.uniform", lambda low, high: asked.append((low, high)) or 0
+    )
     fake_judge.replies = [Reply(status=500)] * 7
     score(make(tmp_path, ClientConfig(backoff=2.0, backoff_max=20.0)), "Scattering.")
     assert asked == [(0, 2), (0, 4), (0, 8), (0, 16), (0, 20), (0, 20), (0, 20)]
@@ -271,7 +273,7 @@ def test_a_budget_of_dollars(fake_judge, tmp_path):
     got = score(judge, *(f"Answer {k}." for k in range(6)))
     assert len(fake_judge.bodies) == 3 and "$3.00 is used up" in str(got[-1])
     assert judge.lap() == {"calls": 3.0, "failed": 0.0, "cost": pytest.approx(3.0)}
-    tries = list(read_tries(tmp_path / "ledger.jsonl"))
+    tries = list(read_attempts(tmp_path / "ledger.jsonl"))
     assert len(tries) == 3 and totals(tries)["cost"] == pytest.approx(3.0)
 
 

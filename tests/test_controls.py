@@ -8,9 +8,8 @@ import pytest
 from scipy.special import expit
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-import controls
-import inference
 import reward
+from evaluation import controls, intervals
 
 J = np.array([(8, 8, 8, 2, 2), (2, 2, 2, 2, 2), (5, 5, 5, 5, 5)])
 
@@ -240,23 +239,23 @@ def test_escalation():
 
 
 def test_an_interval_over_prompts_counts_prompts():
-    got = inference.over_prompts([1, 1, 1, 0], ["a", "a", "a", "b"])
+    got = intervals.over_prompts([1, 1, 1, 0], ["a", "a", "a", "b"])
     assert (got.mean, got.n) == (0.75, 2) and (got.low, got.high) == (0, 1)
     # Many equal copies of a response add nothing: the interval is that of two prompts.
-    many = inference.over_prompts([1] * 300 + [0] * 100, ["a"] * 300 + ["b"] * 100)
+    many = intervals.over_prompts([1] * 300 + [0] * 100, ["a"] * 300 + ["b"] * 100)
     assert (many.low, many.high) == (0, 1)
     rng = np.random.default_rng(0)
-    wide = inference.over_prompts(rng.normal(size=400), [str(k) for k in range(400)])
+    wide = intervals.over_prompts(rng.normal(size=400), [str(k) for k in range(400)])
     assert wide.high - wide.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    assert inference.over_prompts([0.5], ["a"]) == (0.5, None, None, 1)
-    assert inference.over_prompts([], []) == (None, None, None, 0)
+    assert intervals.over_prompts([0.5], ["a"]) == (0.5, None, None, 1)
+    assert intervals.over_prompts([], []) == (None, None, None, 0)
 
 
 def test_an_interval_of_a_ratio_and_of_any_figure():
-    got = inference.ratio([1, 0, 3], [2, 0, 3])
+    got = intervals.ratio([1, 0, 3], [2, 0, 3])
     assert got.mean == pytest.approx(4 / 5) and got.n == 2  # a prompt without pairs says nothing
     assert (got.low, got.high) == (pytest.approx(0.5), pytest.approx(1))
-    assert inference.ratio([], []) == (None, None, None, 0)
+    assert intervals.ratio([], []) == (None, None, None, 0)
     # A prompt that is drawn twice is two prompts, not one with twice the responses.
     seen = []
 
@@ -264,46 +263,46 @@ def test_an_interval_of_a_ratio_and_of_any_figure():
         seen.append((len(index), len(set(units))))
         return float(len(set(units)))
 
-    got = inference.of_statistic(figure, ["a", "a", "b", "c"])
+    got = intervals.of_statistic(figure, ["a", "a", "b", "c"])
     assert got.mean == 3 and all(n == 3 for _, n in seen) and {k for k, _ in seen} > {3, 5}
-    assert inference.of_statistic(lambda i, u: None, ["a", "b"]) == (None, None, None, 2)
+    assert intervals.of_statistic(lambda i, u: None, ["a", "b"]) == (None, None, None, 2)
     rng = np.random.default_rng(0)
     values = rng.normal(size=400)
-    plain = inference.over_prompts(values, [str(k) for k in range(400)])
-    same = inference.of_statistic(lambda i, u: values[i].mean(), [str(k) for k in range(400)])
+    plain = intervals.over_prompts(values, [str(k) for k in range(400)])
+    same = intervals.of_statistic(lambda i, u: values[i].mean(), [str(k) for k in range(400)])
     assert same.mean == pytest.approx(plain.mean)
     assert same.high - same.low == pytest.approx(plain.high - plain.low, rel=0.2)
 
 
 def test_an_interval_over_seeds_is_students():
-    got = inference.over_seeds([1.0, 2.0, 3.0])
+    got = intervals.over_seeds([1.0, 2.0, 3.0])
     # t(0.975, 2) = 4.3027; sd 1.
     assert got.mean == 2 and got.high - 2 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
-    assert inference.over_seeds([1.0]) == (1.0, None, None, 1)
+    assert intervals.over_seeds([1.0]) == (1.0, None, None, 1)
 
 
 def test_models_are_paired_on_prompts():
     ours = {p: [k / 20 + 0.1] for k, p in enumerate("abcdefgh")}
     theirs = {p: [k / 20] for k, p in enumerate("abcdefghi")}
-    got = inference.paired(ours, theirs)
+    got = intervals.paired(ours, theirs)
     # A constant difference has no spread, however much the prompts differ; two of 2^8 sign
     # patterns are as extreme.
     assert got.interval.mean == pytest.approx(0.1) and got.interval.n == 8
     assert got.interval.low == pytest.approx(0.1) and got.p == pytest.approx(2 / 256)
-    assert inference.paired(ours, ours).p == 1.0
-    assert inference.paired({"a": [1.0]}, theirs).p is None
-    assert inference.paired({}, theirs).interval.n == 0
-    seeds = inference.paired_seeds([1.0, 2.0, 4.0], [0.0, 1.5, 2.0])
+    assert intervals.paired(ours, ours).p == 1.0
+    assert intervals.paired({"a": [1.0]}, theirs).p is None
+    assert intervals.paired({}, theirs).interval.n == 0
+    seeds = intervals.paired_seeds([1.0, 2.0, 4.0], [0.0, 1.5, 2.0])
     # Differences 1, 0.5, 2: mean 7/6, sd 0.7638; t = 2.6458, p = 0.1181 with 2 degrees.
     assert seeds.interval.mean == pytest.approx(7 / 6) and seeds.p == pytest.approx(0.118, abs=1e-3)
 
 
 def test_holm():
-    got = inference.holm({"a": 0.01, "b": 0.04, "c": None, "d": 0.03})
+    got = intervals.holm({"a": 0.01, "b": 0.04, "c": None, "d": 0.03})
     # Sorted 0.01 x 3, 0.03 x 2, 0.04 x 1, made rising.
     assert got == {"a": pytest.approx(0.03), "b": pytest.approx(0.06), "c": None,
                    "d": pytest.approx(0.06)}  # fmt: skip
-    assert inference.holm({"a": None}) == {"a": None}
+    assert intervals.holm({"a": None}) == {"a": None}
 
 
 def test_the_win_rate_at_equal_lengths():
@@ -312,8 +311,8 @@ def test_the_win_rate_at_equal_lengths():
     rng = np.random.default_rng(0)
     results = np.where(rng.random(800) < expit(2 * np.tanh(d / d.std())), 1, -1)
     assert (results == 1).mean() > 0.65
-    assert inference.length_adjusted(results, d) == pytest.approx(0.5, abs=0.06)
-    assert inference.length_adjusted(results, -d) == pytest.approx(0.5, abs=0.06)
-    assert inference.length_adjusted([1, 0, -1], [5, 5, 5]) is None
-    assert inference.length_adjusted([1, 1, -1, -1], [9, 8, -8, -9]) is None  # lengths say all
-    assert inference.length_adjusted([0, 0, 0, 0], [9, 8, -8, -9]) == pytest.approx(0.5)
+    assert intervals.length_adjusted(results, d) == pytest.approx(0.5, abs=0.06)
+    assert intervals.length_adjusted(results, -d) == pytest.approx(0.5, abs=0.06)
+    assert intervals.length_adjusted([1, 0, -1], [5, 5, 5]) is None
+    assert intervals.length_adjusted([1, 1, -1, -1], [9, 8, -8, -9]) is None  # lengths say all
+    assert intervals.length_adjusted([0, 0, 0, 0], [9, 8, -8, -9]) == pytest.approx(0.5)

@@ -15,12 +15,12 @@ from conftest import ROOT, finish, free_port, small_args, start_ranks
 from fake_judge import Reply
 from transformers import AutoModelForCausalLM
 
-import buffer
 import cycle
 import prompts
-from logbook import Clock, read_metrics
-from presets import PRESETS
-from sources import answer_id
+from config import PRESETS
+from storage.logbook import Clock
+from storage.record import answer_id, read_rollouts
+from storage.run_folder import RunFolder
 
 
 def test_the_clock_adds_up():
@@ -40,9 +40,11 @@ def test_the_alarm(monkeypatch, capsys, gap, alarmed):
     """The sampler's log-probabilities far from the trainer's are told at once."""
     run = object.__new__(cycle.Run)
     run.config, run.clock = PRESETS["small"], Clock()
-    run.policy = run.reference = None
+    run.policy = run.optimizer = None
+    run.figures = {}
     monkeypatch.setattr(cycle, "rl_step", lambda *a, **k: {"logprob_gap": gap})
-    assert run._rl_step(None, None, [], []) == {"logprob_gap": gap}
+    run.rl_step(None, [], None, [])
+    assert run.figures == {"logprob_gap": gap}
     assert ("differ by 0.200 nats" in capsys.readouterr().out) == alarmed
 
 
@@ -77,7 +79,7 @@ def test_two_machines_give_what_one_gives(tmp_path, parrot_folder, prompt_file, 
         finish(agents)
         run = folder / "runs" / "tiny"
         weights.append((run / "checkpoints" / "cycle_02" / "model.safetensors").read_bytes())
-        lines = read_metrics(run)
+        lines = RunFolder(run).metrics()
         for line in lines:
             for own in ("seconds", "hand_over_s_per_gb", "judge"):  # two ranks may ask one question
                 line.pop(own, None)
@@ -96,7 +98,7 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     assert done.returncode == 0, done.stderr[-4000:]
     run = tmp_path / "runs" / "tiny"
 
-    metrics = read_metrics(run)
+    metrics = RunFolder(run).metrics()
     assert [(m["cycle"], m["step"]) for m in metrics if m["phase"] == "rl"] == [
         (1, 1), (1, 2), (2, 1), (2, 2)
     ]  # fmt: skip
@@ -117,7 +119,7 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     assert any(m["phase"] == "sft" for m in metrics)
 
     for number in (1, 2):
-        rollouts = buffer.read(run / "rollouts" / f"cycle_{number:02d}.jsonl")
+        rollouts = read_rollouts(run / "rollouts" / f"cycle_{number:02d}.jsonl")
         keys = Counter((r.step, r.prompt_id) for r in rollouts)
         assert len(keys) == 8 and set(keys.values()) == {4}
         assert {r.weight_version for r in rollouts} == {f"c{number}s0", f"c{number}s1"}
@@ -134,26 +136,26 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
 
     options = {
         "models": f"after={run / 'checkpoints' / 'cycle_02'}", "benchmarks": f"own={prompt_file}",
-        "judge": "heuristic", "sampler": "transformers", "samples": 3, "window": run, "name": "x",
-        "template": "short",
+        "judge": "heuristic", "sampler": "transformers", "samples": 3, "training_run": run,
+        "name": "x", "template": "short",
         "sampling.max_tokens": 120, "prompt_tokens": 700, "sample_rows": 6,
     }  # fmt: skip
     evaluate = [str(ROOT / "evaluate.py")]
     evaluate += [word for k, v in options.items() for word in (f"--{k}", str(v))]
     finish(start_ranks(2, evaluate, tmp_path))
     cell = tmp_path / "results" / "x" / "own" / "after"
-    answers = buffer.read(cell / "rollouts.jsonl")
+    answers = read_rollouts(cell / "rollouts.jsonl")
     first = (cell / "summary.json").read_text()
     finish(start_ranks(2, evaluate, tmp_path))  # all is on file: nothing is sampled
     assert (cell / "summary.json").read_text() == first
     finish(start_ranks(1, [*evaluate, "--sample_rows", "3"], tmp_path))  # other steps, same answers
-    assert buffer.read(cell / "rollouts.jsonl") == answers
+    assert read_rollouts(cell / "rollouts.jsonl") == answers
     ids = {(r.prompt_id, r.sample): answer_id(r) for r in answers}
     read = [json.loads(line) for line in (cell / "digits_after.jsonl").read_text().splitlines()]
     assert read and all(x["answer_id"] == ids[x["prompt_id"], x["sample"]] for x in read)
     window_read = (tmp_path / "results" / "x" / "window.jsonl").read_text().splitlines()
     assert len(window_read) == sum(
-        r.judge_scores is not None for r in buffer.read(run / "rollouts" / "cycle_01.jsonl")
+        r.judge_scores is not None for r in read_rollouts(run / "rollouts" / "cycle_01.jsonl")
     )
     assert summary_of(cell)["near_duplicates"] >= 0
     again = json.loads((cell / "summary.json").read_text())
@@ -169,7 +171,8 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
 
 SPY = """
 import sys
-import cycle, policy, torch
+import cycle, torch
+from backend import policy
 from rollout import Collector
 
 said = []
@@ -188,7 +191,7 @@ def spy(owner, name, what):
 spy(policy.Policy, "forward",
     lambda p: f"{'policy' if p.training else 'reference'} {torch.is_grad_enabled()}")
 spy(Collector, "sample", lambda _: "sample")
-spy(Collector, "judged", lambda _: "judged")
+spy(Collector, "wait_for_judge", lambda _: "judged")
 cycle.main()
 print("SAID", *said, sep="|")
 """
@@ -247,7 +250,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert again.keys() == questions.keys(), f"seed {seed}"
     twice = sum(n - 1 for n in again.values())
     assert twice <= 4 * kills, f"seed {seed}: only what was in flight may be asked again"
-    lines = [[m for m in read_metrics(d / "runs" / "tiny") if m["phase"] in ("rl", "sft")]
+    lines = [[m for m in RunFolder(d / "runs" / "tiny").metrics() if m["phase"] in ("rl", "sft")]
              for d in (whole, killed)]  # fmt: skip
     for a, b in zip(*lines, strict=True):
         own = {"seconds": 0, "hand_over_s_per_gb": 0, "judge": 0}  # what a start has spent
@@ -271,11 +274,11 @@ def test_a_run_goes_on_with_other_ranks_and_smaller_micro_batches(
     smaller = ["--policy.micro_batch_tokens", "300", "--policy.head_tokens", "50",
                "--no-shared-prefix", "--sample_rows", "3"]  # fmt: skip
     assert "going on from" in finish(start_ranks(1, [*args, *smaller], tmp_path))
-    steps = [m for m in read_metrics(run) if m["phase"] == "rl"]
+    steps = [m for m in RunFolder(run).metrics() if m["phase"] == "rl"]
     assert [(m["cycle"], m["step"]) for m in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(m["clip_fraction"] == 0 and m["logprob_gap"] < 1e-3 for m in steps)
     for number in (1, 2):
-        rollouts = buffer.read(run / "rollouts" / f"cycle_{number:02d}.jsonl")
+        rollouts = read_rollouts(run / "rollouts" / f"cycle_{number:02d}.jsonl")
         assert Counter((r.step, r.prompt_id) for r in rollouts).most_common()[0][1] == 4
         assert len(rollouts) == 2 * 4 * 4
     refused = start_ranks(1, [*args, "--policy.dtype", "bfloat16"], tmp_path)
@@ -291,7 +294,7 @@ def test_a_run_can_be_repeated_from_its_judgements_alone(
     finish(start_ranks(2, small_args(parrot_folder, prompt_file, judge="fake"), first))
     asked = len(fake_judge.bodies)
     ledger = first / "runs" / "tiny" / "judge_cache.jsonl"
-    line = next(m for m in read_metrics(ledger.parent) if m["phase"] == "rl")
+    line = next(m for m in RunFolder(ledger.parent).metrics() if m["phase"] == "rl")
     assert line["judge"]["calls"] > 0 == line["judge"]["failed"]
     finish(start_ranks(2, small_args(parrot_folder, prompt_file, judge=f"replay:{ledger}"), again))
     assert weights(again / "runs" / "tiny") == weights(first / "runs" / "tiny")
@@ -301,18 +304,18 @@ def test_a_run_can_be_repeated_from_its_judgements_alone(
 def test_a_failing_judge_stops_all_ranks_and_the_run_can_go_on(
     tmp_path, parrot_folder, prompt_file, fake_judge
 ):
-    options = {"judge": "fake", "client.tries": 2, "client.backoff": 0.01, "cycles": 1}
+    options = {"judge": "fake", "client.attempts": 2, "client.backoff": 0.01, "cycles": 1}
     args = small_args(parrot_folder, prompt_file, **options)
     fake_judge.replies = [Reply()] * 3 + [Reply(status=500)] * 40
     ranks = start_ranks(2, args, tmp_path)
     said = "".join(p.communicate(timeout=120)[0] for p in ranks)
     assert all(p.returncode for p in ranks)
-    assert "no usable reply in 2 tries" in said and "sk-secret" not in said
+    assert "no usable reply in 2 attempts" in said and "sk-secret" not in said
     asked = len(fake_judge.answered)
     fake_judge.replies = []
     finish(start_ranks(2, args, tmp_path))
     assert len(fake_judge.answered) > asked
-    for r in buffer.read(tmp_path / "runs" / "tiny" / "rollouts" / "cycle_01.jsonl"):
+    for r in read_rollouts(tmp_path / "runs" / "tiny" / "rollouts" / "cycle_01.jsonl"):
         assert (r.judge_scores is None) == (r.self_scores is None)
     secrets = subprocess.run(["grep", "-r", "sk-secret", tmp_path], capture_output=True)
     assert secrets.returncode == 1  # the key is in no file
@@ -342,13 +345,13 @@ def test_the_baseline_with_resume_in_between(tmp_path, parrot_folder, prompt_fil
     said = finish(start_ranks(2, args, killed))
     assert "going on from" in said
 
-    steps = [read_metrics(d / "runs" / "tiny") for d in (whole, killed)]
+    steps = [RunFolder(d / "runs" / "tiny").metrics() for d in (whole, killed)]
     spent = {"seconds": 0, "hand_over_s_per_gb": 0}
     steps = [[{**m, **spent} for m in lines if m["phase"] == "rl"] for lines in steps]
     assert steps[0] == steps[1], f"killed {wait:.2f} s after the state"
     assert [m["step"] for m in steps[0]] == list(range(1, 13))
     assert steps[0][-1]["sample_passes"] == 24
-    assert not [m for m in read_metrics(whole / "runs" / "tiny") if m["phase"] == "sft"]
+    assert not [m for m in RunFolder(whole / "runs" / "tiny").metrics() if m["phase"] == "sft"]
     # Steps 5 and 10 and the end; the newest two are kept.
     for run in (whole / "runs" / "tiny", killed / "runs" / "tiny"):
         names = sorted(p.name for p in (run / "checkpoints").iterdir())
@@ -373,7 +376,7 @@ def test_wandb_and_the_shown_batch(tmp_path, parrot_folder, prompt_file, fake_ju
     run = tmp_path / "runs" / "tiny"
     [name] = {p.name.rsplit("-", 1)[1] for p in (run / "wandb").glob("offline-run-*")}
     assert name == (run / "wandb_id.txt").read_text()
-    answer = buffer.read(run / "rollouts" / "cycle_01.jsonl")[0].answer
+    answer = read_rollouts(run / "rollouts" / "cycle_01.jsonl")[0].answer
     logged = b"".join(p.read_bytes() for p in (run / "wandb").rglob("*") if p.is_file())
     assert b"sample_passes" in logged and b"micro_batch_tokens" in logged
     for private in ("sk-secret", answer, "Say something about"):

@@ -6,8 +6,8 @@ import torch
 from conftest import make_rollout
 
 import prompts
-from digits import Question, Reader
-from policy import load_model
+from backend.policy import load_model
+from evaluation.digits import Question, Reader
 
 ANSWERS = ("It is fine.", "It is old and good, and it is what it is.", "Well.")
 PROMPTS = ("Say something.", "Say something about rain and tea and cats.", "Say?")
@@ -81,5 +81,5 @@ def test_a_rows_reading_does_not_depend_on_its_neighbours(reader):
 
 def test_shared_digits_have_no_reading(random_folder, monkeypatch):
     reader = Reader(random_folder("llama", True), "float32")
-    monkeypatch.setattr("digits.score_positions", lambda ids, tokenizer: None)
+    monkeypatch.setattr("evaluation.digits.score_positions", lambda ids, tokenizer: None)
     assert reader.read([Question((5, 6), "It is.", JUDGE)]) == [None]

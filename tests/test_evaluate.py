@@ -11,15 +11,17 @@ import torch
 from conftest import REQUESTS, ROOT, finish, make_rollout, start_ranks
 from transformers import AutoModelForCausalLM
 
-import buffer
 import evaluate
 import prompts
-from data import Prompt, load_prompts, near_duplicates
-from digits import Question, Reader
-from ledger import read_lines
-from rollout import Inputs
-from sampler import SamplingParams
-from sources import rollouts_of
+from backend.sampler import SamplingParams
+from config import CellConfig, EvaluationConfig
+from evaluation import stages
+from evaluation.digits import Question, Reader
+from plan import Inputs
+from storage.data import Prompt, load_prompts, near_duplicates
+from storage.files import read_lines
+from storage.record import answer_text, append_rollout
+from storage.run_folder import CellFolder
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +89,16 @@ def test_all_stages_killed_and_continued(
 
     folder = whole / "results" / "x"
     assert json.loads((folder / "models.json").read_text()) == ["base", "other"]
-    evaluate.keep_order(folder / "models.json", ["third", "base"])
+    evaluate.keep_model_order(
+        EvaluationConfig(models=(), benchmarks=(), name="x"), ["third", "base"]
+    )
     assert json.loads((folder / "models.json").read_text()) == ["base", "other", "third"]
     base, other = folder / "one" / "base", folder / "one" / "other"
-    rollouts = {cell: rollouts_of(cell) for cell in (base, other)}
+    rollouts = {cell: CellFolder(cell).answers() for cell in (base, other)}
     versions = {r.weight_version for rows in rollouts.values() for r in rows}
     assert len(versions) == 2 and all(len(rows) == 24 for rows in rollouts.values())
     assert {r.text for r in rollouts[base]} != {r.text for r in rollouts[other]}
-    assert len(rollouts_of(folder / "two" / "other")) == 2
+    assert len(CellFolder(folder / "two" / "other").answers()) == 2
 
     # Each scorer read each model's answers; its own blocks too, and nobody else's.
     for cell in (base, other):
@@ -102,7 +106,7 @@ def test_all_stages_killed_and_continued(
             rows = {
                 (x["prompt_id"], x["sample"]): x for x in lines(cell / f"digits_{scorer}.jsonl")
             }
-            spoken = {(r.prompt_id, r.sample): r for r in rollouts[cell] if evaluate.spoken(r)}
+            spoken = {(r.prompt_id, r.sample): r for r in rollouts[cell] if answer_text(r)}
             assert rows.keys() == spoken.keys()
             key = next(k for k, r in spoken.items() if r.score_positions)
             r = spoken[key]
@@ -126,7 +130,7 @@ def test_all_stages_killed_and_continued(
     malformed = {(r.prompt_id, r.sample) for r in rollouts[other] if not r.judge_scores}
     judged_once = {(x["prompt_id"], x["sample"]) for x in ours} & malformed
     assert judged_once == {k for k in malformed if any(
-        (r.prompt_id, r.sample) == k and evaluate.spoken(r) for r in rollouts[other])}  # fmt: skip
+        (r.prompt_id, r.sample) == k and answer_text(r) for r in rollouts[other])}  # fmt: skip
     preferences = lines(other / "preferences.jsonl")
     both = {(r.prompt_id, r.sample) for r in rollouts[base] if r.answer} & {
         (r.prompt_id, r.sample) for r in valid
@@ -167,13 +171,13 @@ MISTAKES = {
 
 
 def test_a_stronger_models_file_is_checked_before_anything(tmp_path, prompt_file):
-    config = evaluate.EvalConfig(models=("m",), benchmarks=(f"b={prompt_file}",), name="x")
+    config = EvaluationConfig(models=("m",), benchmarks=(f"b={prompt_file}",), name="x")
     inputs = Inputs(None, None, load_prompts(prompt_file), {}, 0)
 
     def answers(*given):
         return evaluate.stronger_answers(
             dataclasses.replace(config, stronger=given),
-            evaluate.cells(config),
+            config.cells(),
             {("m", "b"): inputs},
         )
 
@@ -188,10 +192,10 @@ def test_a_stronger_models_file_is_checked_before_anything(tmp_path, prompt_file
 @pytest.mark.parametrize("case", MISTAKES)
 def test_names_are_checked(case):
     options, said = MISTAKES[case]
-    config = evaluate.EvalConfig(models=("m",), benchmarks=("b.jsonl",), name="x")
-    assert list(evaluate.cells(config)) == [("m", "b")]
+    config = EvaluationConfig(models=("m",), benchmarks=("b.jsonl",), name="x")
+    assert list(config.cells()) == [("m", "b")]
     with pytest.raises(ValueError, match=said):
-        evaluate.cells(dataclasses.replace(config, **options))
+        dataclasses.replace(config, **options).cells()
 
 
 def test_a_held_out_judge_without_a_key_is_named_before_anything(
@@ -208,11 +212,11 @@ def test_a_held_out_judge_without_a_key_is_named_before_anything(
 
 def test_a_window_of_another_judge_is_refused(tmp_path, parrot_folder, prompt_file, tokenizer):
     (tmp_path / "rollouts").mkdir()
-    buffer.append(tmp_path / "rollouts" / "cycle_01.jsonl", make_rollout(tokenizer))
-    cell = evaluate.Cell(
+    append_rollout(tmp_path / "rollouts" / "cycle_01.jsonl", make_rollout(tokenizer))
+    cell = CellConfig(
         model=str(parrot_folder), data=str(prompt_file), name="x", judge="heuristic",
         template="short", prompt_tokens=700, sampling=SamplingParams(max_tokens=120),
-        window=str(tmp_path),
+        training_run=str(tmp_path),
     )  # fmt: skip
     with pytest.raises(ValueError, match="was judged by .* and not by heuristic"):
         evaluate.prepare(cell)
@@ -221,11 +225,11 @@ def test_a_window_of_another_judge_is_refused(tmp_path, parrot_folder, prompt_fi
 def test_repeats_that_were_paid_for_are_kept(tmp_path, tokenizer):
     """A later call asks for fewer judgements: the others stay, but not those of older answers."""
     now, old = make_rollout(tokenizer), make_rollout(tokenizer, "Another answer.")
-    lines = [evaluate.line_of(r, "v", draw=d, scores=[d] * 5) for r in (now, old) for d in (0, 1)]
-    evaluate.write_lines(tmp_path / "s.jsonl", lines)
-    new = [evaluate.line_of(now, "v", draw=0, scores=[9] * 5)]
-    assert evaluate.kept(tmp_path / "s.jsonl", new, [now]) == [lines[1]]
-    assert evaluate.kept(tmp_path / "none.jsonl", new, [now]) == []
+    lines = [stages.line_about(r, "v", draw=d, scores=[d] * 5) for r in (now, old) for d in (0, 1)]
+    stages.write_lines(tmp_path / "s.jsonl", lines)
+    new = [stages.line_about(now, "v", draw=0, scores=[9] * 5)]
+    assert stages.earlier_judgements(tmp_path / "s.jsonl", new, [now]) == [lines[1]]
+    assert stages.earlier_judgements(tmp_path / "none.jsonl", new, [now]) == []
 
 
 def test_near_duplicates_are_found():

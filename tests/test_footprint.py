@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 from transformers import LlamaConfig
 
-import footprint
-from policy import PolicyConfig, model_size
-from presets import PRESETS
+from backend import footprint
+from backend.policy import PolicyConfig, model_size
+from config import PRESETS
 
 # Runs in a process of its own; prints what its resident memory grew by, in bytes.
 STEP = """
@@ -19,9 +19,10 @@ import json, sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-import parallel
-from grpo import GRPOConfig, make_optimizer, micro_batches, reference_logps, response_row, rl_step
-from policy import PolicyConfig, load_policy
+from backend import parallel
+from backend.packing import share_out
+from backend.policy import PolicyConfig, load_policy
+from grpo import GRPOConfig, make_optimizer, reference_logps, response_row, rl_step
 
 folder, n, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 
@@ -43,9 +44,10 @@ with parallel.process_group():
     optimizer = make_optimizer(policy, GRPOConfig())
     rows = [response_row(r.prompt_ids, r.response_ids) for r in rollouts]
     for _ in range(2):
-        work = micro_batches(rows, n, config)
+        work = share_out(rows, [0] * n, config.micro_batch_tokens, config.shared_prefix)
         refs = reference_logps(reference, work.batches, 1.0)
-        rl_step(policy, optimizer, work, refs, rollouts, n, 1.0, GRPOConfig())
+        advantages = torch.arange(n, dtype=torch.float32)
+        rl_step(policy, optimizer, work, rollouts, advantages, refs, 1.0, GRPOConfig())
     print(resident("VmHWM:") - before)
 """
 

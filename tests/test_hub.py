@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-import hub
+from storage import hub
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 from fake_judge import FAULTS, GOOD
 
 import prompts
-from client import Background, ChatClient
-from endpoint import ClientConfig, Endpoint, Service
-from heuristic import HeuristicJudge
 from judge import LLMJudge, Preference, parse_preference, parse_scores, prefer
-from ledger import Ledger
+from judging.client import Background, ChatClient
+from judging.endpoint import ClientConfig, Endpoint, Service
+from judging.heuristic import HeuristicJudge
+from judging.ledger import Ledger
 
 LOOP = Background()
 TURNS = [{"role": "user", "content": "Why is the sky blue?"}]

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_rollout
 
-import judge
-import metrics
 import reward
-from buffer import append
-from data import load_prompts
-from evaluate import Cell
-from files import write_text
-from judge import Command, run
-from metrics import ATTRIBUTES
-from sources import load
+from config import CellConfig
+from evaluation import judgements, metrics
+from evaluation.judgements import Command, load_sources, run
+from evaluation.metrics import ATTRIBUTES
+from judging.client import JudgeError
+from storage.data import load_prompts
+from storage.files import write_text
+from storage.record import append_rollout
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def folder(tmp_path, tokenizer):
     def make(name: str, word: str = "Fine") -> Path:
         path = tmp_path / "results" / name
         path.mkdir(parents=True)
-        config = Cell(model="m", data=str(data), name=name, judge="some-judge", samples=2)
+        config = CellConfig(model="m", data=str(data), name=name, judge="some-judge", samples=2)
         write_text(path / "config.json", json.dumps(dataclasses.asdict(config)))
         for p in load_prompts(data):
             for k in range(2):
@@ -40,7 +39,7 @@ def folder(tmp_path, tokenizer):
                                  sample=k)  # fmt: skip
                 if (p, k) == (load_prompts(data)[1], 1):
                     r = dataclasses.replace(r, answer=None, self_scores=None, judge_scores=None)
-                append(path / "rollouts.jsonl", dataclasses.replace(r, prompt_id=p.id))
+                append_rollout(path / "rollouts.jsonl", dataclasses.replace(r, prompt_id=p.id))
         return path
 
     return make
@@ -63,7 +62,7 @@ def test_all_cells_of_an_evaluation(folder, tmp_path):
     cell = folder("x/one/a")
     folder("x/two/a")
     whole = tmp_path / "results" / "x"
-    assert [s.name for s in load(whole)] == [str(whole / b / "a") for b in ("one", "two")]
+    assert [s.name for s in load_sources(whole)] == [str(whole / b / "a") for b in ("one", "two")]
     assert run(command(whole)).count("well_formed") == 2
     with pytest.raises(ValueError, match="new judgements need one folder"):
         run(command(whole, judge="another"))
@@ -126,13 +125,15 @@ def test_export_rebuilds_the_figures_and_replays_the_judge(fake_judge, folder, t
     file = tmp_path / "all.jsonl"
     assert "2 source(s)" in run(command(one, two, export=file))
     assert run(command(file)) == run(command(one, two))
-    assert [s.rollouts for s in load(file)] == [s.rollouts for p in (one, two) for s in load(p)]
+    assert [s.rollouts for s in load_sources(file)] == [
+        s.rollouts for p in (one, two) for s in load_sources(p)
+    ]
 
     asked = len(fake_judge.bodies)
     (one / "judge_cache.jsonl").unlink()
     assert run(command(one, judge=f"replay:{file}")) == first
     assert len(fake_judge.bodies) == asked
-    with pytest.raises(judge.JudgeError, match="has no scores of another"):
+    with pytest.raises(JudgeError, match="has no scores of another"):
         run(command(one, judge=f"replay:{file}", use_references="no"))
 
 
@@ -143,7 +144,7 @@ def test_an_offline_judge_with_noise_agrees_with_itself_in_part(folder, monkeypa
         async def score(self, conversation, answer, references=(), draw=0):
             return ((5, 5, 5, 5, 5), (6, 5, 5, 5, 5), (8, 5, 5, 5, 5))[draw]
 
-    monkeypatch.setattr(judge, "make_judge", lambda *_: Noisy())
+    monkeypatch.setattr(judgements, "make_judge", lambda *_: Noisy())
     said = run(command(folder("a"), judge="noisy", repeat=3))
     # Pairs 5-6, 5-8, 6-8: exact 0, within 1 a third, MAE 2.
     line = next(x for x in said.split("itself")[1].splitlines() if x.startswith("helpfulness"))

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from fake_judge import FAULTS
 
-import ledger
-from files import append_line
-from ledger import LEDGER, Ledger, key_of, read_lines, read_tries, totals
+from judging import ledger
+from judging.ledger import LEDGER, Ledger, cache_key, read_attempts, read_lines, totals
+from storage.files import append_line
 
 TRY = {"key": "k1", "model": "m", "served_model": "m-1", "endpoint": "http://x/v1", "draw": 0,
        "form": "scores", "attempt": 1, "outcome": "ok", "reply": "{}", "tokens_in": 900,
@@ -66,10 +66,10 @@ def test_what_other_ranks_add_is_seen_and_the_first_of_two_replies_counts(tmp_pa
 
 def test_the_key_can_be_computed_again_from_the_line(tmp_path):
     request = {"model": "m", "messages": [{"role": "user", "content": "Hé?"}], "temperature": 0.1}
-    key = key_of("http://x/v1", request, 0)
+    key = cache_key("http://x/v1", request, 0)
     again = json.loads(json.dumps(dict(reversed(request.items()))))
-    assert key_of("http://x/v1", again, 0) == key != key_of("http://x/v1", request, 1)
-    assert key != key_of("http://y/v1", request, 0)
+    assert cache_key("http://x/v1", again, 0) == key != cache_key("http://x/v1", request, 1)
+    assert key != cache_key("http://y/v1", request, 0)
 
 
 def test_totals_by_hand():
@@ -114,7 +114,7 @@ def test_two_processes_killed_and_started_again_lose_double_and_invent_nothing(
         p.wait()
     assert [p.wait(120) for p in start(tmp_path, fake_judge.url, answers, concurrency)] == [0, 0]
 
-    tries = list(read_tries(tmp_path / LEDGER))
+    tries = list(read_attempts(tmp_path / LEDGER))
     good = [t for t in tries if t["outcome"] == "ok"]
     questions = [t["request"]["messages"][1]["content"] for t in good]
     assert len(good) == len(set(questions)) == answers, f"seed {seed}"  # none lost, none doubled

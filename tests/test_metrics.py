@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from metrics import (
+from evaluation.metrics import (
     best_constant,
     clustered_mean,
     correlation,

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-import packing
-import parallel
-from packing import (
+from backend import packing, parallel
+from backend.packing import (
     Row,
     attention_calls,
     common_prefix,
@@ -13,7 +12,7 @@ from packing import (
     split_into_packs,
     split_into_rectangles,
 )
-from policy import PolicyConfig, load_model, load_policy
+from backend.policy import PolicyConfig, load_model, load_policy
 
 KINDS = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False)]
 

@@ -10,10 +10,10 @@ from conftest import REQUESTS, make_tokenizer, small_args
 
 import cycle
 import plan
-from plan import check_options, describe, disk, look, memory, prepare, step_batches
-from policy import PolicyConfig
-from presets import PRESETS, Config, parse
-from sampler import EngineConfig
+from backend.policy import PolicyConfig
+from backend.sampler import EngineConfig
+from config import PRESETS, Config, parse
+from plan import check_options, describe, disk, memory, prepare, resolve, step_batches
 
 
 def test_the_paper_preset_is_the_papers():
@@ -35,7 +35,7 @@ def test_the_paper_preset_is_the_papers():
     )
     assert dataclasses.astuple(c.reward) == (0.7, 0.3, 2.0, -1.0)
     assert (c.model, c.judge, c.seed, c.reference) == ("Qwen/Qwen3-4B-Base", "gpt-5.4", 42, "cycle")
-    assert (c.client.tries, c.client.timeout, c.client.concurrency) == (8, 90.0, 24)
+    assert (c.client.attempts, c.client.timeout, c.client.concurrency) == (8, 90.0, 24)
     assert parse(["--cycles", "15"]) == c
     assert parse(["--preset=small", "--grpo.loss_mean", "token"]).template == "short"
 
@@ -174,7 +174,7 @@ def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
     monkeypatch.setenv("WORLD_SIZE", "2")
     policy = PolicyConfig("bfloat16", micro_batch_tokens=2000, head_tokens=100)
     config = tiny(policy=policy, sampler="transformers")
-    setup = look(config)
+    setup = resolve(config)
     v = len(tokenizer)
     layer = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 128 + 2 * 128
     p = v * 128 + 2 * layer + 128
@@ -222,7 +222,7 @@ def test_the_dry_run_tells_the_plan_and_writes_nothing(tiny, monkeypatch, tmp_pa
     before = set(tmp_path.iterdir())
     assert cycle.main(config) is None
     assert set(tmp_path.iterdir()) == before
-    text = " ".join(describe(config, look(config)).split())
+    text = " ".join(describe(config, resolve(config)).split())
     # 2 cycles x 2 steps x 4 prompts x 4 rollouts; 400 rows are more than a cycle's 32.
     for said in (
         "= 64 rollouts, 16 sample-passes", "at most 64 answers", "2 x at most 32 rows in 4 updates",
@@ -230,7 +230,7 @@ def test_the_dry_run_tells_the_plan_and_writes_nothing(tiny, monkeypatch, tmp_pa
     ):  # fmt: skip
         assert said in text, said
     # With the longest answers: what is asked without an answer, and 120 tokens, by the price.
-    setup = look(config)
+    setup = resolve(config)
     count = [
         len(tokenizer.encode(plan.JUDGE_SYSTEM + plan.judge_user(p.conversation, "", ())))
         for p in setup.window
@@ -247,6 +247,6 @@ def test_the_dry_run_needs_no_weights(tiny, tmp_path, random_folder):
     folder = tmp_path / "settings"
     shutil.copytree(random_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = tiny(model=str(folder))
-    assert "nothing that is known now" in describe(config, look(config))
+    assert "none found" in describe(config, resolve(config))
     with pytest.raises(ValueError, match=r"settings: no \*.safetensors file"):
         prepare(config)

@@ -8,15 +8,15 @@ import torch
 from conftest import make_rollout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import parallel
-from grpo import GRPOConfig, make_optimizer, policy_loss, response_row
-from packing import Row, share_out
-from policy import (
+from backend import parallel
+from backend.packing import Row, share_out
+from backend.policy import (
     PolicyConfig,
     check_model_folder,
     export,
     load_policy,
 )
+from grpo import GRPOConfig, make_optimizer, policy_loss, response_row
 from sft_masked import masked_loss
 
 FP32 = PolicyConfig(dtype="float32")

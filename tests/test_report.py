@@ -13,19 +13,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_rollout
 
-import buffer
-import control_tables
-import further_tables
 import report
-from buffer import append
-from controls import calibrations
-from data import load_prompts
-from evaluate import Cell
-from files import write_text
+from config import CellConfig
+from evaluation import control_tables, further_tables
+from evaluation.controls import calibrations
+from evaluation.tables import Tables
 from prompts import ATTRIBUTES
 from reward import calibration, quality
-from sources import answer_id, metrics_until, rollouts_of
-from tables import Tables
+from storage.data import load_prompts
+from storage.files import write_text
+from storage.record import answer_id, append_rollout, read_rollouts
+from storage.run_folder import CellFolder, metrics_until
 
 SCRIPT = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
 # Two prompts, two samples; the base's last response is malformed. (self, judge) per response.
@@ -52,11 +50,11 @@ class Maker:
     def cell(self, name: str, benchmark: str, model: str, answers, samples=2, window="") -> Path:
         path = self.root / name / benchmark / model
         path.mkdir(parents=True)
-        cell = Cell(model="m", data=str(self.data), name=str(path), judge="judge", samples=samples,
-                    window=window)  # fmt: skip
+        cell = CellConfig(model="m", data=str(self.data), name=str(path), judge="judge",
+                          samples=samples, training_run=window)  # fmt: skip
         write_text(path / "config.json", json.dumps(dataclasses.asdict(cell)))
         for (prompt, sample), scores in zip(self.keys, answers, strict=False):
-            append(path / "rollouts.jsonl", self.rollout(prompt, sample, scores, model))
+            append_rollout(path / "rollouts.jsonl", self.rollout(prompt, sample, scores, model))
         return path
 
     def rollout(self, prompt, sample, scores, model):
@@ -69,7 +67,7 @@ class Maker:
         return dataclasses.replace(r, prompt_id=prompt)
 
     def lines(self, path: Path, rows) -> None:
-        ids = {(r.prompt_id, r.sample): answer_id(r) for r in rollouts_of(path.parent)}
+        ids = {(r.prompt_id, r.sample): answer_id(r) for r in CellFolder(path.parent).answers()}
         path.write_text("".join(json.dumps(
             {"prompt_id": p, "sample": k, "version": "v", "answer_id": ids[p, k], **row}) + "\n"
             for (p, k), row in zip(self.keys, rows, strict=False) if row is not None))  # fmt: skip
@@ -81,8 +79,10 @@ def made(tmp_path, tokenizer):
     run = tmp_path / "window"
     (run / "rollouts").mkdir(parents=True)
     for k, judge in enumerate([(5, 5, 5, 1, 1), (5, 5, 5, 1, 1), (9, 9, 9, 1, 1)]):
-        append(run / "rollouts" / "cycle_01.jsonl", m.rollout("w", k, ((8,) * 5, judge), "base"))
-    window = buffer.read(run / "rollouts" / "cycle_01.jsonl")
+        append_rollout(
+            run / "rollouts" / "cycle_01.jsonl", m.rollout("w", k, ((8,) * 5, judge), "base")
+        )
+    window = read_rollouts(run / "rollouts" / "cycle_01.jsonl")
     base = m.cell("x", "one", "base", BASE, window=str(run))
     write_text(m.root / "x" / "window.jsonl", "".join(
         json.dumps({"version": "v", "answer_id": answer_id(r), "scores": (8,) * 5}) + "\n"
@@ -455,7 +455,7 @@ def test_a_runs_rollouts_by_cycle(made, tmp_path):
         for k, own in enumerate(((5,) * 5, (9,) * 5, (6,) * 5)):
             r = made.rollout(made.prompts[0], k, (own, (5,) * 5), "r")
             r = dataclasses.replace(r, cycle=cycle)
-            append(run / "rollouts" / f"cycle_{cycle:02d}.jsonl", r)
+            append_rollout(run / "rollouts" / f"cycle_{cycle:02d}.jsonl", r)
     lines = [
         {"phase": "rl", "cycle": c, "sample_passes": 16 * c, "calibration": 0.5,
          "quality": None if c == 1 else 1, "well_formed": 1, "response_tokens": 9}
@@ -463,7 +463,7 @@ def test_a_runs_rollouts_by_cycle(made, tmp_path):
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     malformed = dataclasses.replace(made.rollout(made.prompts[1], 0, None, "r"), cycle=2)
-    append(run / "rollouts" / "cycle_02.jsonl", malformed)
+    append_rollout(run / "rollouts" / "cycle_02.jsonl", malformed)
     shown = report.answers([report.load_run(run)], 4)
     assert shown.pop()["rollout"].self_scores is None
     assert [(a["cycle"], a["rollout"].sample) for a in shown] == [(1, 1), (1, 2), (2, 1), (2, 2)]

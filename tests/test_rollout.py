@@ -6,14 +6,15 @@ import threading
 import pytest
 from conftest import make_rollout
 
-import buffer
 import prompts
-from client import Background, JudgeError
-from data import Prompt
-from logbook import Clock
+from backend.sampler import Sample, SamplingParams
+from buffer import in_buffer
+from judging.client import Background, JudgeError
 from reward import RewardConfig
-from rollout import Collector, figures, in_buffer
-from sampler import Sample, SamplingParams
+from rollout import Collector, rollout_means
+from storage.data import Prompt
+from storage.logbook import Clock
+from storage.record import read_rollouts
 
 PROMPTS = [Prompt(f"p{k}", ({"role": "user", "content": f"Question {k}?"},)) for k in range(2)]
 GOOD = prompts.render_response("It is fine.", (8, 8, 8, 1, 1))
@@ -60,6 +61,11 @@ def make(tokenizer, sampler, judge):
     )  # fmt: skip
 
 
+def collect(collector, *step) -> list:
+    """Sample a step and wait for the judge."""
+    return collector.wait_for_judge(collector.sample(*step))
+
+
 KEYS = [("p0", 0), ("p0", 1), ("p1", 0), ("p1", 1)]
 
 
@@ -67,7 +73,7 @@ def test_well_formed_rollouts_are_judged_and_malformed_ones_are_not(tokenizer, t
     texts = dict.fromkeys(KEYS, GOOD) | {("p0", 1): "It is fine."}
     sampler, judge = FakeSampler(tokenizer, texts), FakeJudge()
     path = tmp_path / "r.jsonl"
-    got = make(tokenizer, sampler, judge).collect(1, 1, PROMPTS, {}, path, "c1s0")
+    got = collect(make(tokenizer, sampler, judge), 1, 1, PROMPTS, {}, path, "c1s0")
     assert [(r.prompt_id, r.sample) for r in got] == KEYS  # groups contiguous
     assert judge.seen == ["It is fine."] * 3  # the answer without its block
     assert got[1].reward == -1 and got[1].judge_scores is None and got[1].quality is None
@@ -76,13 +82,13 @@ def test_well_formed_rollouts_are_judged_and_malformed_ones_are_not(tokenizer, t
     assert got[0].calibration == pytest.approx(calibration)
     assert got[0].reward == pytest.approx(0.7 * 18 / 27 + 0.3 * calibration)
     assert [in_buffer(r) for r in got] == [True, False, True, True]
-    assert sorted(buffer.read(path), key=lambda r: (r.prompt_id, r.sample)) == got
+    assert sorted(read_rollouts(path), key=lambda r: (r.prompt_id, r.sample)) == got
 
-    means = figures(got)
+    means = rollout_means(got, group_size=2)
     assert means["well_formed"] == 0.75 and means["quality"] == pytest.approx(2 / 3)
     assert means["reward"] == pytest.approx((3 * got[0].reward - 1) / 4)
     assert means["mae"] == pytest.approx(2.4) and means["truncated"] == 0
-    nothing = figures([got[1]])
+    nothing = rollout_means([got[1]], group_size=2)
     assert nothing["well_formed"] == 0 and nothing["quality"] is None is nothing["calibration"]
 
 
@@ -95,7 +101,8 @@ def test_judging_overlaps_sampling(tokenizer, tmp_path):
 
     sampler = FakeSampler(tokenizer, dict.fromkeys(KEYS, GOOD), before=wait_for_the_judge)
     assert (
-        len(make(tokenizer, sampler, judge).collect(1, 1, PROMPTS, {}, tmp_path / "r", "c1s0")) == 4
+        len(collect(make(tokenizer, sampler, judge), 1, 1, PROMPTS, {}, tmp_path / "r", "c1s0"))
+        == 4
     )
 
 
@@ -111,9 +118,9 @@ def test_the_responses_are_there_while_the_judge_is_still_at_work(tokenizer, tmp
     collector = make(tokenizer, FakeSampler(tokenizer, dict.fromkeys(KEYS, GOOD)), judge)
     sampled = collector.sample(1, 1, PROMPTS, {}, tmp_path / "r", "c1s0")
     assert sampled.responses == [((5, 6, 7), tuple(tokenizer.encode(GOOD)))] * 4
-    assert not any(f.done() for f in sampled.judged) and sampled.keys[1] == (1, "p0", 1)
+    assert not any(f.done() for f in sampled.pending) and sampled.keys[1] == (1, "p0", 1)
     judge.first.set()
-    assert [r.key for r in collector.judged(sampled)] == sampled.keys
+    assert [r.key for r in collector.wait_for_judge(sampled)] == sampled.keys
 
 
 @pytest.mark.parametrize("seed_per_rollout", [False, True])
@@ -121,28 +128,28 @@ def test_what_is_on_file_is_not_sampled_again(tokenizer, tmp_path, seed_per_roll
     texts = dict.fromkeys(KEYS, GOOD)
     path = tmp_path / "r.jsonl"
     first = make(tokenizer, FakeSampler(tokenizer, texts), FakeJudge())
-    got = first.collect(1, 1, PROMPTS, {}, path, "c1s0")
+    got = collect(first, 1, 1, PROMPTS, {}, path, "c1s0")
     on_file = {r.key: r for r in got}
 
     sampler, judge = FakeSampler(tokenizer, texts, seed_per_rollout), FakeJudge()
     collector = make(tokenizer, sampler, judge)
-    assert collector.collect(1, 1, PROMPTS, on_file, path, "c1s0") == got
+    assert collect(collector, 1, 1, PROMPTS, on_file, path, "c1s0") == got
     assert sampler.asked == [[]] and judge.seen == []
 
     # An incomplete step: one seed for all samples all anew, a seed each only what is missing.
     del on_file[1, "p1", 0]
-    collector.collect(1, 1, PROMPTS, on_file, path, "c1s0")
+    collect(collector, 1, 1, PROMPTS, on_file, path, "c1s0")
     assert sampler.asked[-1] == ([("p1", 0)] if seed_per_rollout else KEYS)
     # Rollouts of other weights do not count.
     sampler.weight_version = "c1s1"
-    collector.collect(1, 1, PROMPTS, {r.key: r for r in got}, path, "c1s1")
+    collect(collector, 1, 1, PROMPTS, {r.key: r for r in got}, path, "c1s1")
     assert sampler.asked[-1] == KEYS
 
 
 def test_a_sampler_with_older_weights_is_an_error(tokenizer, tmp_path):
     sampler = FakeSampler(tokenizer, dict.fromkeys(KEYS, GOOD))
     with pytest.raises(RuntimeError, match="weights 'c1s0', not 'c1s1'"):
-        make(tokenizer, sampler, FakeJudge()).collect(1, 2, PROMPTS, {}, tmp_path / "r", "c1s1")
+        collect(make(tokenizer, sampler, FakeJudge()), 1, 2, PROMPTS, {}, tmp_path / "r", "c1s1")
 
 
 def test_seeds_are_one_per_call_or_one_per_rollout(tokenizer):
@@ -162,13 +169,19 @@ def test_a_judge_that_fails_for_good_stops_the_step_and_keeps_the_rest(tokenizer
     texts = dict.fromkeys(KEYS, GOOD) | {("p1", 1): prompts.render_response("Bad.", (1,) * 5)}
     path = tmp_path / "r.jsonl"
     with pytest.raises(JudgeError, match="out of money"):
-        make(tokenizer, FakeSampler(tokenizer, texts), FakeJudge(scores)).collect(
-            1, 1, PROMPTS, {}, path, "c1s0"
+        collect(
+            make(tokenizer, FakeSampler(tokenizer, texts), FakeJudge(scores)),
+            1,
+            1,
+            PROMPTS,
+            {},
+            path,
+            "c1s0",
         )
-    kept = buffer.read(path)
+    kept = read_rollouts(path)
     assert len(kept) == 3 and all(r.judge_scores == JUDGED for r in kept)
 
 
 def test_shared_digits_are_rewarded_and_kept_out_of_the_buffer(tokenizer):
     rollout = make_rollout(tokenizer, score_positions=None)
-    assert not in_buffer(rollout) and figures([rollout])["shared_digits"] == 1
+    assert not in_buffer(rollout) and rollout_means([rollout], group_size=2)["shared_digits"] == 1

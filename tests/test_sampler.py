@@ -10,9 +10,9 @@ from transformers.generation.logits_process import (
 )
 
 import prompts
-from packing import Row, share_out
-from policy import PolicyConfig, load_model, load_policy
-from sampler import Request, SamplingParams, TransformersSampler, _draw, seed_of
+from backend.packing import Row, share_out
+from backend.policy import PolicyConfig, load_model, load_policy
+from backend.sampler import Request, SamplingParams, TransformersSampler, _draw, seed_of
 
 PARAMS = SamplingParams(max_tokens=120)
 

@@ -9,11 +9,27 @@ from transformers import get_cosine_schedule_with_warmup
 
 import prompts
 import sft_masked
-from packing import share_out
-from policy import PolicyConfig, load_model, load_policy
-from sft_masked import SFTConfig, distil, distillation_row, lr_factor, masked_loss
+from backend.packing import share_out
+from backend.policy import PolicyConfig, load_model, load_policy
+from sft_masked import (
+    SFTConfig,
+    distillation_row,
+    lr_factor,
+    make_optimizer,
+    masked_loss,
+    sft_step,
+    updates,
+)
 
 FP32 = PolicyConfig(dtype="float32")
+
+
+def distil(policy, tokenizer, rollouts, config) -> list[dict]:
+    """Phase 2 as cycle.py has it: the figures of each update."""
+    targets = [distillation_row(r, tokenizer) for r in rollouts]
+    optimizer = make_optimizer(policy, config)
+    epoch = updates(targets, config, seed=1)
+    return [sft_step(policy, optimizer, update, config, FP32) for update in epoch]
 
 
 def test_judges_digits_replace_the_models_in_five_places(tokenizer):
@@ -67,26 +83,26 @@ def test_no_other_position_carries_loss_or_gets_gradient(random_folder, tokenize
     torch.testing.assert_close(loss, usual, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("updates", "warmup"), [(13, 0.03), (100, 0.03), (10, 0.25), (1, 0.03)])
-def test_schedule_is_hugging_faces(updates, warmup):
+@pytest.mark.parametrize(("total", "warmup"), [(13, 0.03), (100, 0.03), (10, 0.25), (1, 0.03)])
+def test_schedule_is_hugging_faces(total, warmup):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    theirs = get_cosine_schedule_with_warmup(optimizer, math.floor(warmup * updates), updates)
-    for update in range(updates):
-        assert lr_factor(update, updates, warmup) == pytest.approx(theirs.get_last_lr()[0])
+    theirs = get_cosine_schedule_with_warmup(optimizer, math.floor(warmup * total), total)
+    for update in range(total):
+        assert lr_factor(update, total, warmup) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
-    assert lr_factor(updates, updates, warmup) == pytest.approx(0)
+    assert lr_factor(total, total, warmup) == pytest.approx(0)
 
 
 def test_distillation_teaches_the_judges_scores(random_folder, tokenizer):
     policy = load_policy(random_folder("qwen3"), FP32)
     rollouts = [make_rollout(tokenizer, sample=k) for k in range(70)]
     config = SFTConfig(lr=3e-3)
-    figures = list(distil(policy, tokenizer, rollouts, config, FP32, seed=1))
+    figures = distil(policy, tokenizer, rollouts, config)
     assert [f["rows"] for f in figures] == [32, 32, 6]  # ceil(70 / 32) updates
     assert [f["lr"] for f in figures] == pytest.approx([3e-3, 3e-3 * 0.75, 3e-3 * 0.25])
     assert figures[-1]["loss"] < figures[0]["loss"] - 1
-    assert list(distil(policy, tokenizer, [], config, FP32, seed=1)) == []
+    assert distil(policy, tokenizer, [], config) == []
 
 
 def test_each_batch_is_divided_by_its_own_tokens(random_folder, tokenizer, monkeypatch):
@@ -100,5 +116,5 @@ def test_each_batch_is_divided_by_its_own_tokens(random_folder, tokenizer, monke
     monkeypatch.setattr(sft_masked, "masked_loss", spy)
     policy = load_policy(random_folder("qwen3"), FP32)
     rollouts = [make_rollout(tokenizer, sample=k) for k in range(6)]
-    list(distil(policy, tokenizer, rollouts, SFTConfig(batch=4), FP32, seed=1))
+    distil(policy, tokenizer, rollouts, SFTConfig(batch=4))
     assert seen == [(20, 20), (10, 10)]

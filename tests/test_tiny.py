@@ -9,15 +9,16 @@ import pytest
 import torch
 from conftest import ROOT, finish, start_ranks
 
-import demo
 import evaluate
 import prompts
-import tiny
-from digits import Reader
+from backend.policy import load_model, load_tokenizer
+from backend.sampler import SamplingParams, make_sampler
+from config import CellConfig
+from evaluation.digits import Reader
 from judge import offline_judge
-from policy import load_model, load_tokenizer
+from miniature import base_model, demo, world
 
-SMALL = tiny.Recipe(steps=12, prompts=(60, 10, 20))
+SMALL = base_model.Recipe(steps=12, prompts=(60, 10, 20))
 
 
 @pytest.mark.parametrize(
@@ -35,66 +36,66 @@ SMALL = tiny.Recipe(steps=12, prompts=(60, 10, 20))
     ],
 )
 def test_the_world_knows_the_right_answers(prompt, parts):
-    kind, solved = tiny.solve(prompt)
+    kind, solved = world.solve(prompt)
     assert solved == parts and kind == prompt.split()[0]
     right = " ".join(parts) if kind != "use" else "the cat sees the owl"
     for said in (f"{right}.", f"sure, the answer is {right}."):
-        assert tiny._match(prompt, said) == 1
-    assert tiny._match(prompt, "sorry, no idea.") == 0
+        assert world._match(prompt, said) == 1
+    assert world._match(prompt, "sorry, no idea.") == 0
 
 
 def test_partial_credit_by_hand():
     # c a against c a b d: half of the places, common subsequence 2 of 4.
-    assert tiny._match("copy c a b d", "c a.") == pytest.approx(0.5)
+    assert world._match("copy c a b d", "c a.") == pytest.approx(0.5)
     # All letters shifted by one: no place right, three of four in order.
-    assert tiny._match("copy a b c d", "d a b c.") == pytest.approx((0 + 3 / 4) / 2)
+    assert world._match("copy a b c d", "d a b c.") == pytest.approx((0 + 3 / 4) / 2)
     # 170 for 168: 0.7 - 3 * 2 / 168; the last number counts.
-    assert tiny._match("add 123 and 45", "170.") == pytest.approx(0.7 - 6 / 168)
-    assert tiny._match("add 123 and 45", "first we look at 123. the answer is 168.") == 1
+    assert world._match("add 123 and 45", "170.") == pytest.approx(0.7 - 6 / 168)
+    assert world._match("add 123 and 45", "first we look at 123. the answer is 168.") == 1
     # Three of four wanted, one of them twice: 1 - (1 + 1) / 4.
-    assert tiny._match("list 4 foods", "rice bread soup rice.") == pytest.approx(0.5)
-    assert tiny._match("use cat and owl in a sentence", "cat owl.") == pytest.approx(0.7)
+    assert world._match("list 4 foods", "rice bread soup rice.") == pytest.approx(0.5)
+    assert world._match("use cat and owl in a sentence", "cat owl.") == pytest.approx(0.7)
 
 
 def without_taste(monkeypatch):
-    monkeypatch.setattr(tiny.zlib, "crc32", lambda data: 0)
+    monkeypatch.setattr(world.zlib, "crc32", lambda data: 0)
 
 
 def test_the_rubric_by_hand(monkeypatch):
     without_taste(monkeypatch)
     # Right: correctness 9, coherence 9, helpfulness 9; add is 4 hard, one part; four words of five.
-    assert tiny.rubric("add 123 and 45", "the answer is 168.") == (9, 9, 9, 4, 4)
+    assert world.rubric("add 123 and 45", "the answer is 168.") == (9, 9, 9, 4, 4)
     # No full stop: coherence 6, helpfulness 0.7 * 9 + 0.3 * 6 = 8.1; 4 + 2 log2(2 / 5) = 1.36.
-    assert tiny.rubric("add 123 and 45", "168") == (8, 9, 6, 4, 1)
+    assert world.rubric("add 123 and 45", "168") == (8, 9, 6, 4, 1)
     # Refusal: correctness 0, coherence 9, helpfulness 2.7 - 2.
-    assert tiny.rubric("add 123 and 45", "sorry, no idea.")[:3] == (1, 0, 9)
+    assert world.rubric("add 123 and 45", "sorry, no idea.")[:3] == (1, 0, 9)
     # Stutter costs four points of coherence; letters may repeat in the content.
-    assert tiny.rubric("copy a a b b", "the the answer is a a b b.")[2] == 5
-    assert tiny.rubric("copy a a b b", "the answer is a a b b.")[2] == 9
+    assert world.rubric("copy a a b b", "the the answer is a a b b.")[2] == 5
+    assert world.rubric("copy a a b b", "the answer is a a b b.")[2] == 9
 
 
 def test_taste_moves_a_score_by_one_at_most_and_the_judge_repeats_itself():
     rng = random.Random(0)
     shifts = []
     for _ in range(300):
-        prompt = tiny.draw_prompt(rng)
-        answer = tiny.draw_answer(prompt, rng, wrong=0.5)
-        scores = tiny.rubric(prompt, answer)
-        assert scores == tiny.rubric(prompt, answer) and prompts.valid_scores(scores)
+        prompt = world.draw_prompt(rng)
+        answer = base_model.draw_answer(prompt, rng, wrong=0.5)
+        scores = world.rubric(prompt, answer)
+        assert scores == world.rubric(prompt, answer) and prompts.valid_scores(scores)
         with pytest.MonkeyPatch.context() as patch:
             without_taste(patch)
-            plain = tiny.rubric(prompt, answer)
+            plain = world.rubric(prompt, answer)
         shifts += [a - b for a, b in zip(scores, plain, strict=True)]
     assert set(shifts) == {-1, 0, 1}
     assert 0.3 < sum(s != 0 for s in shifts) / len(shifts) < 0.55  # half, less what 0 and 9 cut
 
     turns = [{"role": "user", "content": "add 1 and 2"}]
-    noisy, calm = tiny.RubricJudge(noise=0.5), tiny.RubricJudge()
+    noisy, calm = world.RubricJudge(noise=0.5), world.RubricJudge()
     draws = [asyncio.run(noisy.score(turns, "3.")) for _ in range(20)]
     assert len(set(draws)) > 1 and len({asyncio.run(calm.score(turns, "3.")) for _ in "ab"}) == 1
     assert offline_judge("rubric").noise == 0 and offline_judge("rubric:0.5").noise == 0.5
     assert offline_judge("rubric:2") is None is offline_judge("gpt-5.4")
-    truth = tiny.rubric("add 1 and 2", "3.")
+    truth = world.rubric("add 1 and 2", "3.")
     assert max(abs(a - b) for d in draws for a, b in zip(d, truth, strict=True)) == 1
 
 
@@ -102,61 +103,66 @@ def test_the_corpus_is_what_it_says():
     rng = random.Random(1)
     bias, broken = [], 0
     for _ in range(2000):
-        prompt = tiny.draw_prompt(rng)
-        assert prompts.OPEN not in tiny.draw_reply(prompt, 1, rng)
-        block = prompts.parse_self_eval(tiny.draw_reply(prompt, 2, rng))
-        assert block.scores == tiny.rubric(prompt, block.answer)
-        text = tiny.draw_reply(prompt, 3, rng)
+        prompt = world.draw_prompt(rng)
+        assert prompts.OPEN not in base_model.draw_reply(prompt, 1, rng)
+        block = prompts.parse_self_eval(base_model.draw_reply(prompt, 2, rng))
+        assert block.scores == world.rubric(prompt, block.answer)
+        text = base_model.draw_reply(prompt, 3, rng)
         block = prompts.parse_self_eval(text)
         broken += block is None
         if block:
-            judged = tiny.rubric(prompt, block.answer)
+            judged = world.rubric(prompt, block.answer)
             bias.append((block.scores[0] + block.scores[1] - judged[0] - judged[1]) / 2)
         good = prompts.render_response("a.", (1, 2, 3, 4, 5))
-        assert prompts.parse_self_eval(tiny.break_block(good, rng)) is None
+        assert prompts.parse_self_eval(base_model.break_block(good, rng)) is None
     assert 0.15 < broken / 2000 < 0.21 and sum(bias) / len(bias) > 1.5
 
 
 def test_the_tokenizer_loses_nothing():
-    tokenizer, rng = tiny.make_tokenizer(), random.Random(2)
+    tokenizer, rng = base_model.make_tokenizer(), random.Random(2)
     prompts.check_tokenizer(tokenizer)
     for _ in range(500):
-        prompt = tiny.draw_prompt(rng)
+        prompt = world.draw_prompt(rng)
         shown = prompts.policy_prompt([{"role": "user", "content": prompt}], "bare")
-        text = shown + tiny.draw_reply(prompt, 3, rng)
+        text = shown + base_model.draw_reply(prompt, 3, rng)
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and len(ids) < 64
 
 
 def test_no_prompt_is_in_two_splits_or_in_pretraining():
-    splits = tiny.draw_splits(tiny.Recipe())
+    draw_splits, Recipe = base_model.draw_splits, base_model.Recipe
+    splits = draw_splits(Recipe())
     assert [len(s) for s in splits] == [5200, 256, 512]
     assert len({p for split in splits for p in split}) == 5968
-    assert splits == tiny.draw_splits(tiny.Recipe()) != tiny.draw_splits(tiny.Recipe(seed=1))
-    held_out = {tiny.draw_prompt(random.Random(5)) for _ in range(1)}
-    tokenizer = tiny.make_tokenizer()
+    assert (
+        splits
+        == base_model.draw_splits(base_model.Recipe())
+        != base_model.draw_splits(base_model.Recipe(seed=1))
+    )
+    held_out = {world.draw_prompt(random.Random(5)) for _ in range(1)}
+    tokenizer = base_model.make_tokenizer()
     # With the generator that draws the held-out prompt first, it is drawn and left out.
-    ids, labels = tiny._batch(2, random.Random(5), tokenizer, held_out, size=4)
+    ids, labels = base_model._batch(2, random.Random(5), tokenizer, held_out, size=4)
     read = [tokenizer.decode(row[row != 0]) for row in ids]
     assert not any(f"User: {p}\n" in text for p in held_out for text in read)
     # The loss is on the reply and its end alone.
     for row, label in zip(ids, labels, strict=True):
         text = tokenizer.decode(row[label != -100])
-        assert "User" not in text and text.endswith(tiny.EOS)
+        assert "User" not in text and text.endswith(base_model.EOS)
 
 
 def test_the_base_model_is_made_once_and_the_same_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    folder = tiny.main(SMALL)
+    folder = base_model.main(SMALL)
     assert folder == Path("models/tiny-0")
     made = (folder / "model.safetensors").read_bytes()
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    tiny.main(SMALL)
+    base_model.main(SMALL)
     assert "there already" in capsys.readouterr().out
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
-    assert (tiny.main(SMALL, "again") / "model.safetensors").read_bytes() == made
-    other = tiny.Recipe(steps=13, prompts=SMALL.prompts)
-    tiny.main(other)
+    assert (base_model.main(SMALL, "again") / "model.safetensors").read_bytes() == made
+    other = base_model.Recipe(steps=13, prompts=SMALL.prompts)
+    base_model.main(other)
     assert (folder / "model.safetensors").read_bytes() != made
     assert len((folder / "test.jsonl").read_text().splitlines()) == 20
 
@@ -165,7 +171,9 @@ def test_the_demo_from_checkpoints_to_figure(tmp_path, monkeypatch):
     """A base that has learnt little, two small runs, two ranks for one of them; the demo's own
     evaluation, table and figure, and the log-probabilities behind top-5."""
     monkeypatch.chdir(tmp_path)
-    base = tiny.main(tiny.Recipe(steps=500, stages=(0.1, 0.8, 0.1), prompts=(60, 10, 20)))
+    base = base_model.main(
+        base_model.Recipe(steps=500, stages=(0.1, 0.8, 0.1), prompts=(60, 10, 20))
+    )
     common = ["--model", str(base), "--data", str(base / "train.jsonl"), "--window", "16"]
     small = ["--batch", "8", "--rl_steps", "2", "--sft.max_samples", "64"]
     cycle = str(ROOT / "cycle.py")
@@ -212,13 +220,13 @@ def test_intervals_over_seeds_by_hand():
 
 def test_evaluation_takes_the_rubric(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = tiny.main(SMALL)
-    cell = evaluate.Cell(
+    base = base_model.main(SMALL)
+    cell = CellConfig(
         model=str(base), data=str(base / "dev.jsonl"), name="x", judge="rubric", template="bare",
         prompt_tokens=64, dtype="float32", sampler="transformers",
-        sampling=evaluate.SamplingParams(max_tokens=8),
+        sampling=SamplingParams(max_tokens=8),
     )  # fmt: skip
     inputs = evaluate.prepare(cell)
-    with closing(evaluate.load_sampler(cell, inputs)) as sampler:
-        table = evaluate.answer(cell, inputs, sampler)
+    with closing(make_sampler(cell, inputs.model, inputs.tokenizer, cell.dtype)) as sampler:
+        table = evaluate.answer_prompts(cell, inputs, sampler)
     assert table["well_formed"].n == 10

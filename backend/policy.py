@@ -33,10 +33,9 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-import packing
-import parallel
-from files import fresh_folder
-from packing import Batch, attention_calls
+from backend import packing, parallel
+from backend.packing import Batch, attention_calls
+from storage.files import fresh_folder
 
 # Dense, logits = head(norm(hidden)) without scaling: what we tested.
 MODEL_TYPES = ("llama", "qwen2", "qwen3")

@@ -1,5 +1,5 @@
-"""Everything that knows of several processes: one process per rank, started by torchrun, or one
-process alone.
+"""Process groups, collectives, sharding and sharded state: one process per rank, started by
+torchrun, or one process alone.
 
 The only file that imports torch.distributed. NCCL where there are GPUs, gloo on CPU; a single
 process is a group of one, so that the rest of the code has one path. Parameters are sharded by
@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from files import publish, write_text
+from storage.files import publish, write_text
 
 # Well above the judge's slowest answer, for which the other ranks wait in their next collective.
 TIMEOUT = timedelta(hours=4)
@@ -47,9 +47,9 @@ def process_group():
     try:
         yield
         if dist.is_initialized():
-            # Ranks leave together. Seldom one was aborted while Python was closing ("terminate
-            # called without an active exception"), we think by a gloo thread that still held a
-            # tensor: it gets a moment to drop it.
+            # Ranks leave together. In rare cases one aborted while Python was closing ("terminate
+            # called without an active exception"), probably by a gloo thread that still held a
+            # tensor: the pause lets it drop it.
             barrier()
             time.sleep(0.1)
     finally:
@@ -58,8 +58,8 @@ def process_group():
 
 
 def keep_freed_memory() -> None:
-    """glibc returns large blocks to the system as they are freed; the next step would get them back
-    page by page, which was a fifth of its time on CPU (bench/README.md)."""
+    """Tell glibc to keep large freed blocks. By default it returns them to the system, and the next
+    step gets them back page by page: a fifth of its time on CPU (docs/performance.md)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_max = -1, -4  # names of options in malloc.h
@@ -67,17 +67,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
 
 
-def ranks() -> int:
-    """How many processes torchrun started; known before the group is made."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def rank() -> int:
-    return dist.get_rank()
+    """This process's number, from 0; before the group is made, as torchrun says it."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    return dist.get_world_size()
+    """How many processes there are; before the group is made, as torchrun says it."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device() -> torch.device:
@@ -88,10 +85,10 @@ def device() -> torch.device:
     )
 
 
-def place() -> tuple[int, int, int]:
-    """(ranks, this rank, a number that the ranks of this start share and no other). Collective."""
+def launch_id() -> int:
+    """A random number that the ranks of this launch share, and no other launch has. Collective."""
     mine = random.SystemRandom().getrandbits(48) if rank() == 0 else 0
-    return world_size(), rank(), int(all_sum({"start": float(mine)})["start"])
+    return int(all_sum({"launch": float(mine)})["launch"])
 
 
 def print0(*args) -> None:
@@ -154,6 +151,11 @@ def shard(
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(root, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            # Gradients are added over ranks, not averaged: each loss has a global denominator.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def full_tensor(sharded: DTensor) -> torch.Tensor:

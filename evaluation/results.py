@@ -1,15 +1,13 @@
 """What evaluate.py left on file, read for tables: one Cell per model and benchmark."""
 
-import json
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-import metrics
-from buffer import Rollout
-from controls import (
+from evaluation import metrics
+from evaluation.controls import (
     Ordering,
     Shuffled,
     calibrations,
@@ -17,11 +15,12 @@ from controls import (
     shuffled,
     within_prompts,
 )
-from data import Prompt, load_prompts
-from hub import data_file
-from ledger import read_lines
 from prompts import Scores, transcript
-from sources import MODELS, STRONGER, WINDOW, answer_id, first_cycle, rollouts_of, scores_file
+from storage.data import Prompt, load_prompts
+from storage.files import read_lines
+from storage.hub import data_file
+from storage.record import Rollout, answer_id
+from storage.run_folder import CellFolder, EvaluationFolder, RunFolder, file_name
 
 Key = tuple[str, int]  # prompt id, sample
 TRAINING = "training"  # stands for the benchmark where a run's own rollouts are shown
@@ -35,7 +34,7 @@ class Cell:
     model: str
     config: dict
     rollouts: list[Rollout]
-    judged: dict[str, list[dict]] = field(default_factory=dict)  # file of a judge -> its lines
+    judged: dict[str, list[dict]] = field(default_factory=dict)  # judge -> its further scores
     digits: dict[str, dict[Key, dict]] = field(default_factory=dict)  # scorer -> lines by answer
     sensitivity: list[dict] = field(default_factory=list)
     preferences: list[dict] = field(default_factory=list)
@@ -100,7 +99,7 @@ class Cell:
     def draws(self) -> dict[Key, list[tuple]]:
         """Repeated judgements of the judge, by answer; malformed answers have one."""
         found: dict[Key, list[tuple]] = {}
-        for x in self.judged.get(scores_file(self.config["judge"]), []):
+        for x in self.judged.get(file_name(self.config["judge"]), []):
             found.setdefault((x["prompt_id"], x["sample"]), []).append(tuple(x["scores"]))
         return found
 
@@ -144,59 +143,63 @@ class Evaluation:
         return self.cells[key]
 
 
-def load(folder: Path) -> Evaluation:
+def load_evaluation(path: Path) -> Evaluation:
     """Raises ValueError for a folder without results."""
-    cells = {}
-    order = json.loads((folder / MODELS).read_text()) if (folder / MODELS).exists() else []
-
-    def place(known: Path) -> tuple[int, Path]:
-        model = known.parent.name
-        return (order.index(model) if model in order else len(order)), known
-
-    for known in sorted(folder.glob("*/*/config.json"), key=place):
-        path, config = known.parent, json.loads(known.read_text())
-        rollouts = sorted(rollouts_of(path), key=lambda r: (r.prompt_id, r.sample))
-        known = {(r.prompt_id, r.sample): answer_id(r) for r in rollouts}
-        about = partial(rows, answers=known)
-        digits = {
-            p.stem.removeprefix("digits_"): {(x["prompt_id"], x["sample"]): x for x in about(p)}
-            for p in path.glob("digits_*.jsonl")
-        }
-        judged = {p.name: about(p) for p in path.glob("scores_*.jsonl")}
-        cells[path.parent.name, path.name] = Cell(
-            path.parent.name, path.name, config, rollouts, judged, digits,
-            about(path / "sensitivity.jsonl"), about(path / "preferences.jsonl"),
-            json.loads(summary.read_text()) if (summary := path / "summary.json").exists() else {},
-        )  # fmt: skip
+    folder = EvaluationFolder(path)
+    cells = {key: _load_cell(*key, cell) for key, cell in folder.cells().items()}
     if not cells:
-        raise ValueError(f"{folder}: no results of evaluate.py there; give results/NAME")
-    run = next(iter(cells.values())).config.get("window")
-    judged = first_cycle(Path(run)) if run else []
-    if run and not judged:
+        raise ValueError(f"{path}: no results of evaluate.py there; give results/NAME")
+    first = next(iter(cells.values()))
+    run = first.config.get("training_run", first.config.get("window"))  # "window": its older name
+    rollouts = RunFolder(Path(run)).first_cycle() if run else []
+    if run and not rollouts:
         raise ValueError(
             f"{run}: the training window's rollouts are not there; run this where evaluate.py ran"
         )
-    base = {x["answer_id"]: tuple(x["scores"]) for x in rows(folder / WINDOW) if x["scores"]}
+    lines = read_newest(folder.window_scores_file)
+    base = {x["answer_id"]: tuple(x["scores"]) for x in lines if x["scores"]}
     stronger = {
-        path.parent.name: {x["prompt_id"]: tuple(x["scores"]) for x in rows(path)}
-        for path in folder.glob(f"*/{STRONGER}")
+        benchmark: {x["prompt_id"]: tuple(x["scores"]) for x in read_newest(path)}
+        for benchmark, path in folder.stronger_files().items()
     }
-    window = Window(judged, base, next(iter(cells.values())).gamma) if judged else None
-    return Evaluation(folder, cells, window, stronger)
+    window = Window(rollouts, base, first.gamma) if rollouts else None
+    return Evaluation(path, cells, window, stronger)
 
 
-def load_run(folder: Path) -> Cell:
+def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
+    rollouts = sorted(folder.answers(), key=lambda r: (r.prompt_id, r.sample))
+    ids = {(r.prompt_id, r.sample): answer_id(r) for r in rollouts}
+
+    def read(path: Path) -> list[dict]:
+        """The lines that are about these answers."""
+        lines = read_newest(path)
+        return [x for x in lines if ids.get((x["prompt_id"], x["sample"])) == x["answer_id"]]
+
+    return Cell(
+        benchmark=benchmark,
+        model=model,
+        config=folder.config(),
+        rollouts=rollouts,
+        judged={judge: read(path) for judge, path in folder.scores_files().items()},
+        digits={
+            scorer: {(x["prompt_id"], x["sample"]): x for x in read(path)}
+            for scorer, path in folder.digits_files().items()
+        },
+        sensitivity=read(folder.sensitivity_file),
+        preferences=read(folder.preferences_file),
+        summary=folder.summary(),
+    )
+
+
+def load_run(path: Path) -> Cell:
     """A run's training rollouts, as if they were a benchmark's. Raises ValueError."""
-    if not (folder / "config.json").is_file() or not (folder / "rollouts").is_dir():
-        raise ValueError(f"{folder}: no run of cycle.py there; give runs/NAME")
-    config = json.loads((folder / "config.json").read_text())
-    return Cell(TRAINING, folder.name, config, rollouts_of(folder))
+    run = RunFolder(path)
+    if not run.config_file.is_file() or not (rollouts := run.all_rollouts()):
+        raise ValueError(f"{path}: no run of cycle.py there; give runs/NAME")
+    return Cell(TRAINING, path.name, run.config(), rollouts)
 
 
-def rows(path: Path, answers: dict[Key, str] | None = None) -> list[dict]:
-    """A file's lines on the newest weights; those about `answers` (their ids), where given."""
-    found = [row for _, _, row in read_lines(path)] if path.exists() else []
-    found = [row for row in found if row["version"] == found[-1]["version"]]
-    if answers is None:
-        return found
-    return [x for x in found if answers.get((x["prompt_id"], x["sample"])) == x["answer_id"]]
+def read_newest(path: Path) -> list[dict]:
+    """A file's lines about the newest weights; [] if there is no file."""
+    lines = [row for _, _, row in read_lines(path)] if path.exists() else []
+    return [row for row in lines if row["version"] == lines[-1]["version"]]

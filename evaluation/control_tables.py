@@ -6,14 +6,12 @@ from functools import partial
 
 import numpy as np
 
-import controls
-import inference
-import metrics
-from controls import calibrations, qualities
-from inference import Difference, Interval
+from evaluation import controls, intervals, metrics
+from evaluation.controls import calibrations, qualities
+from evaluation.intervals import Difference, Interval
+from evaluation.results import Cell, Evaluation, Key
+from evaluation.tables import Statistic, Table, Tables, Values, over, show
 from prompts import Scores
-from results import Cell, Evaluation, Key
-from tables import Statistic, Table, Tables, Values, over, show
 
 FIGURES = {"calibration": lambda c: c.calibration, "quality": lambda c: qualities(c.j)}
 
@@ -60,7 +58,7 @@ def primary(t: Tables) -> Table:
             t, b, m, lambda e, c: _won(c), lambda e, c: {p: [0.5] for p in _won(c)}
         )
     found = {key: d for key, d in found.items() if d.interval.mean is not None or key == main}
-    corrected = inference.holm({key: d.p for key, d in found.items() if key != main})
+    corrected = intervals.holm({key: d.p for key, d in found.items() if key != main})
     rows = [[*main, *_shown(found.pop(main)), "primary"]]
     rows += [[*key, *_shown(d), f"{show(corrected[key])} (Holm)"] for key, d in found.items()]
     return Table(
@@ -108,11 +106,11 @@ def _by_prompt(prompts: Sequence[str], values: Sequence[float]) -> dict[str, lis
 def _difference(t: Tables, b: str, m: str, ours: Callable, theirs: Callable) -> Difference:
     pairs = [(ours(e, e[b, m]), theirs(e, e[b, m])) for e in t.evaluations]
     if len(pairs) == 1:
-        return inference.paired(*pairs[0])
-    each = [inference.differences(x, y) for x, y in pairs]
+        return intervals.paired(*pairs[0])
+    each = [intervals.differences(x, y) for x, y in pairs]
     if not all(each):
         return Difference(Interval(None, None, None, 0), None)
-    return inference.paired_seeds([np.mean(list(x.values())) for x in each], [0.0] * len(each))
+    return intervals.paired_seeds([np.mean(list(x.values())) for x in each], [0.0] * len(each))
 
 
 def _shown(d: Difference) -> tuple[str, str]:

@@ -26,6 +26,7 @@ class HeuristicJudge:
     """Text statistics as scores; a stand-in that says nothing about real judging."""
 
     name = "heuristic (text statistics, a stand-in)"
+    client = None  # asks nobody
 
     async def score(
         self, conversation: Sequence[Turn], answer: str, references: Sequence = (), draw: int = 0

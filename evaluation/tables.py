@@ -1,7 +1,7 @@
 """The paper's tables (Sec. 4) from results, as text, Markdown and rows for the page.
 
 Each figure has a 95 % interval: over prompts within one evaluation, over evaluations (Student's t)
-where there are several (inference.py). Only well-formed responses enter scores (Sec. 4.1), so the
+where there are several (intervals.py). Only well-formed responses enter scores (Sec. 4.1), so the
 well-formed rate stands first. The paper's figures stand beside ours only where judge, template and
 benchmark are the paper's.
 """
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import inference
-import metrics
-from buffer import Rollout
-from controls import calibrations, qualities
-from inference import Interval
+from evaluation import intervals, metrics
+from evaluation.controls import calibrations, qualities
+from evaluation.intervals import Interval
+from evaluation.results import Cell, Evaluation
 from prompts import ATTRIBUTES
-from results import Cell, Evaluation
-from sources import scores_file
+from storage.record import Rollout
+from storage.run_folder import file_name
 
 # The paper's figures (GPT-5.4), where they are known: (benchmark, model, figure).
 PAPER = {
@@ -66,15 +65,15 @@ class Table:
 
 
 Values = tuple[Sequence[float], Sequence[str]]  # per response, and their prompts
-Statistic = Callable[[np.ndarray, Sequence], float | None]  # see inference.of_statistic
+Statistic = Callable[[np.ndarray, Sequence], float | None]  # see intervals.of_statistic
 
 
 def over(evaluations: Sequence[Evaluation], values: Callable[[Evaluation], Values]) -> Interval:
     """Of a mean over responses."""
     found = [values(e) for e in evaluations]
     if len(found) == 1:
-        return inference.over_prompts(*found[0])
-    return inference.over_seeds([float(np.mean(v)) for v, _ in found if len(v)])
+        return intervals.over_prompts(*found[0])
+    return intervals.over_seeds([float(np.mean(v)) for v, _ in found if len(v)])
 
 
 def show(x: Interval | float | None, paper: float | None = None) -> str:
@@ -163,8 +162,8 @@ class Tables:
         """Of sum / sum, both given by prompt."""
         found = [of(e[b, m]) for e in self.evaluations]
         if len(found) == 1:
-            return inference.ratio(*found[0])
-        return inference.over_seeds([sum(x) / sum(y) for x, y in found if sum(y)])
+            return intervals.ratio(*found[0])
+        return intervals.over_seeds([sum(x) / sum(y) for x, y in found if sum(y)])
 
     def statistic(
         self, b: str, m: str, of: Callable[[Evaluation], tuple[Statistic, Sequence]]
@@ -173,9 +172,9 @@ class Tables:
         what stands for their prompts; and the prompts of all these things."""
         found = [of(e) for e in self.evaluations]
         if len(found) == 1:
-            return inference.of_statistic(*found[0])
+            return intervals.of_statistic(*found[0])
         values = [figure(np.arange(len(units)), units) for figure, units in found if len(units)]
-        return inference.over_seeds([x for x in values if x is not None])
+        return intervals.over_seeds([x for x in values if x is not None])
 
     def all(self) -> list[Table]:
         found = [
@@ -279,8 +278,7 @@ class Tables:
                 s, j, prompts = by(c, judge)
                 return calibrations(s, j, c.gamma), prompts
 
-            name = judge.removeprefix("scores_").removesuffix(".jsonl")
-            return [b, name, m, show(self.mean(b, m, quality)), show(self.mean(b, m, calibration))]
+            return [b, judge, m, show(self.mean(b, m, quality)), show(self.mean(b, m, calibration))]
 
         return Table(
             "Table 3: held-out judges",
@@ -290,7 +288,7 @@ class Tables:
                 row(b, m, judge)
                 for b, m in self.each()
                 for judge in sorted(self.first[b, m].judged)
-                if judge != scores_file(self.judge) and self.first[b, m].judged[judge]
+                if judge != file_name(self.judge) and self.first[b, m].judged[judge]
             ],
         )
 
@@ -354,7 +352,7 @@ def length_adjusted(c: Cell) -> tuple[Statistic, Sequence]:
     result = np.array([x["result"] for x in c.preferences])
     longer = np.array([x["longer_by"] for x in c.preferences])
     return (
-        lambda index, _: inference.length_adjusted(result[index], longer[index]),
+        lambda index, _: intervals.length_adjusted(result[index], longer[index]),
         [x["prompt_id"] for x in c.preferences],
     )
 

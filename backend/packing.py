@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-import parallel
+from backend import parallel
 
 # Where PyTorch's CPU kernel for attention is fastest (its blocks of 256 queries begin here).
 QUERIES = 768

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSONL files that a kill cannot spoil."""
+"""Files that appear whole or not at all, and JSONL files that survive a kill."""
 
 import fcntl
 import json
@@ -39,6 +39,33 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
     yield aside
     shutil.rmtree(folder, ignore_errors=True)
     publish(aside, folder)
+
+
+def read_lines(
+    path: Path, offset: int = 0, number: int = 0, what: str = "a JSON object"
+) -> Iterator[tuple[int, int, dict]]:
+    """(line number, offset after it, row) of each whole line from a byte offset on; `number` lines
+    stand before it. A last line without an end is being written, or was cut short by a kill, and is
+    left out.
+
+    Raises ValueError with file and line for one that is not `what`.
+    """
+    with open(path, "rb") as f:
+        f.seek(offset)
+        for line in f:
+            if not line.endswith(b"\n"):
+                return
+            number, offset = number + 1, offset + len(line)
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}:{number}: not {what} ({error}); restore the file, or delete this "
+                    "line: what it held is then computed or asked again"
+                ) from None
+            yield number, offset, row
 
 
 def append_line(path: Path, row: dict) -> None:

@@ -1,4 +1,4 @@
-"""What a run says of itself: config.json, env.json, metrics.jsonl, and where its wall time went."""
+"""Run metadata, metrics, timing: config.json, env.json, wandb, and where the wall time went."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-import parallel
-from files import drop_torn_line, write_text
+from storage.files import drop_torn_line, write_text
+from storage.run_folder import Folder, RunFolder
 
 
 class Clock:
@@ -51,12 +51,18 @@ class Clock:
         return {part: round(seconds, 3) for part, seconds in parts.items()}
 
 
-def check_same_config(folder: Path, config: object, may_change: Collection[str] = ()) -> None:
+def check_same_config(
+    folder: Folder,
+    config: object,
+    may_change: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> None:
     """ValueError if the folder holds a run of another configuration (a dataclass), naming the
-    fields that differ. `may_change`: fields, or "field.field" inside one."""
-    if not (folder / "config.json").exists():
+    fields that differ. `may_change`: fields, or "field.field" inside one. `renamed`: older names
+    of fields -> today's."""
+    if not folder.config_file.exists():
         return
-    before = json.loads((folder / "config.json").read_text())
+    before = {(renamed or {}).get(key, key): value for key, value in folder.config().items()}
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     differing = [
         key
@@ -73,36 +79,34 @@ def check_same_config(folder: Path, config: object, may_change: Collection[str] 
 
 def _differing(before: dict, now: dict, within: str = "") -> set[str]:
     """Keys, those of dictionaries inside as "key.key"."""
-    found = set()
+    keys = set()
     for key in before.keys() | now.keys():
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found |= _differing(a, b, f"{within}{key}.")
+            keys |= _differing(a, b, f"{within}{key}.")
         elif a != b:
-            found.add(within + key)
-    return found
+            keys.add(within + key)
+    return keys
 
 
-def open_folder(folder: Path, config: object, model: Path) -> None:
-    """Make the folder, write config.json, add this start to env.json, mend what a kill left. Rank 0
-    only."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
-    known = folder / "env.json"
-    starts = json.loads(known.read_text()) if known.exists() else []
-    start = environment() | {"command": sys.argv, "model": str(model)}
-    write_text(known, json.dumps([*starts, start], indent=2))
-    for path in folder.rglob("*.jsonl"):
+def open_folder(folder: Folder, config: object, model: Path, ranks: int) -> None:
+    """Make the folder, write config.json, add this launch to env.json, and cut off the torn last
+    lines that a kill left. Rank 0 only."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_text(folder.config_file, json.dumps(dataclasses.asdict(config), indent=2))
+    launches = json.loads(folder.env_file.read_text()) if folder.env_file.exists() else []
+    launch = environment(ranks) | {"command": sys.argv, "model": str(model)}
+    write_text(folder.env_file, json.dumps([*launches, launch], indent=2))
+    for path in folder.path.rglob("*.jsonl"):
         drop_torn_line(path)
 
 
-def environment() -> dict:
-    """What a repeat of the run needs to know, and nothing of the process's environment
-    variables."""
+def environment(ranks: int) -> dict:
+    """What repeating the run takes: commit, versions, devices. No environment variables."""
 
     def git(*args: str) -> str | None:
-        here = Path(__file__).parent
-        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+        root = Path(__file__).parent
+        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     def installed(name: str) -> str | None:
@@ -119,39 +123,38 @@ def environment() -> dict:
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": sys.version.split()[0],
         "versions": {name: installed(name) for name in packages},
-        "ranks": parallel.world_size(),
+        "ranks": ranks,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads_per_rank": torch.get_num_threads(),
     }
 
 
 def wandb_ready() -> bool:
-    """Whether wandb could log: a key is known, or none is needed."""
+    """Whether wandb can log: it has a key, or needs none."""
     import wandb
 
     return os.environ.get("WANDB_MODE") in ("offline", "disabled") or bool(wandb.api.api_key)
 
 
-def open_wandb(folder: Path, config: object):
-    """A Weights & Biases run with the folder's id, made at the first start. It gets the options and
-    the metrics: no prompt, no answer, no key, nothing of the machine but its package versions."""
+def open_wandb(folder: RunFolder, config: object, ranks: int):
+    """A Weights & Biases run with the folder's id, made at the first launch. It gets the options
+    and the metrics: no prompt, no answer, no key, nothing of the machine but package versions."""
     import wandb
 
-    known = folder / "wandb_id.txt"
     quiet = wandb.Settings(
         console="off", save_code=False, disable_git=True, disable_job_creation=True,
         x_disable_meta=True, x_disable_stats=True, silent=True,
     )  # fmt: skip
     run = wandb.init(
         project="see",
-        name=folder.name,
-        id=known.read_text() if known.exists() else None,
+        name=folder.path.name,
+        id=folder.wandb_id_file.read_text() if folder.wandb_id_file.exists() else None,
         resume="allow",
-        dir=folder,
-        config={**dataclasses.asdict(config), "environment": environment()},
+        dir=folder.path,
+        config={**dataclasses.asdict(config), "environment": environment(ranks)},
         settings=quiet,
     )
-    write_text(known, run.id)
+    write_text(folder.wandb_id_file, run.id)
     run.define_metric("*", step_metric="sample_passes")
     return run
 
@@ -163,26 +166,3 @@ def coloured(ids: Sequence[int], mask: Sequence[bool], tokenizer) -> str:
         piece = tokenizer.decode([i for i, _ in group])
         text += ("\033[30;42m" if in_loss else "\033[2m") + piece + "\033[0m"
     return f"{text}\n[{len(ids)} tokens, {sum(mask)} of them in the loss]"
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, oldest first: "~" sorts after "_", so a cycle's last one follows those
-    of its steps."""
-    return sorted((folder / "checkpoints").glob("cycle_*"), key=lambda path: path.name + "~")
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def trim_metrics(folder: Path, cycle: int, step: int) -> None:
-    """Keep the lines written before the state (cycle, step); a continuation writes the later ones
-    again."""
-
-    def before(line: dict) -> bool:
-        in_phase_1 = line["phase"] in ("rl", "setup") and line["step"] <= step
-        return line["cycle"] < cycle or (line["cycle"] == cycle and in_phase_1)
-
-    kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if before(line)]
-    write_text(folder / "metrics.jsonl", "".join(kept))

@@ -1,4 +1,4 @@
-"""Memory of one rank by formula, from a model's config.json alone.
+"""Memory of one rank and disk of one run by formula, from a model's config.json alone.
 
 An estimate on the low side: it leaves out what allocators and libraries take for themselves, for
 which MARGIN is kept free. tests/test_footprint.py holds sum and parts against measured steps on
@@ -8,13 +8,16 @@ named otherwise.
 
 import math
 import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from parallel import ranks
-from policy import HeadLogProbs, PolicyConfig, Size
-from sampler import longest_row
+from backend.parallel import world_size
+from backend.policy import HeadLogProbs, PolicyConfig, Size
 
+GB = 1e9
 # A measured step on CPU takes 1.05 to 1.2 times the sum of the parts.
 MARGIN = 1.2
 
@@ -24,7 +27,7 @@ def training(config, m: Size, ranks: int) -> dict[str, float]:
     p: PolicyConfig = config.policy
     compute, kept = itemsize(p.dtype), itemsize(p.parameters)
     root = m.parameters - m.layers * m.per_layer  # embedding, norm and head
-    tokens = max(p.micro_batch_tokens, longest_row(config))
+    tokens = max(p.micro_batch_tokens, config.longest_row)
     return {
         "parameters": kept * m.parameters / ranks,
         "gradients": kept * m.parameters / ranks,
@@ -54,7 +57,7 @@ def work_per_token(p: PolicyConfig, m: Size) -> float:
 def masks_per_token(config, m: Size) -> float:
     """Of a pack (packing.attention_calls), at most: each token may see a whole row."""
     p: PolicyConfig = config.policy
-    return p.shared_prefix * itemsize(p.dtype) * m.heads_per_key * longest_row(config)
+    return p.shared_prefix * itemsize(p.dtype) * m.heads_per_key * config.longest_row
 
 
 def head(p: PolicyConfig, m: Size, tokens: int) -> float:
@@ -76,29 +79,61 @@ def tokens_that_fit(config, m: Size, ranks: int, free: float) -> int:
     return max(0, math.floor(min(at_head, left / (kept + work_per_token(p, m)))))
 
 
-def engine(config, m: Size, per_rank: float, cuda: bool) -> float:
+class Machine(NamedTuple):
+    memory: float  # of one rank: its GPU's, or its share of the computer's
+    cuda: bool
+
+
+def this_machine() -> Machine:
+    if torch.cuda.is_available():
+        return Machine(torch.cuda.get_device_properties(0).total_memory, True)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(total / int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), False)
+
+
+def engine(config, m: Size, machine: Machine) -> float:
     """The sampler's part while the policy trains."""
     weights, e = itemsize(config.policy.dtype) * m.parameters, config.engine
     if config.sampler != "vllm":
         return weights
-    if not cuda:
+    if not machine.cuda:
         return weights + e.kv_cache_gb * 2**30
-    return 0.0 if e.sleep else e.gpu_memory * per_rank
+    return 0.0 if e.sleep else e.gpu_memory * machine.memory
 
 
-def kv_tokens(config, m: Size, per_rank: float, cuda: bool) -> int:
+def kv_tokens(config, m: Size, machine: Machine) -> int:
     """Tokens that vLLM's KV cache holds on one rank."""
     size, e = itemsize(config.policy.dtype), config.engine
-    cache = e.gpu_memory * per_rank - size * m.parameters if cuda else e.kv_cache_gb * 2**30
+    if machine.cuda:
+        cache = e.gpu_memory * machine.memory - size * m.parameters
+    else:
+        cache = e.kv_cache_gb * 2**30
     return max(0, int(cache / (size * m.kv_per_token)))
 
 
-def per_rank() -> float:
-    """The GPU's memory, or the computer's shared by its ranks."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total / int(os.environ.get("LOCAL_WORLD_SIZE", ranks()))
+def memory(config, m: Size, machine: Machine) -> dict[str, float]:
+    """Peak of one rank of this launch, by part."""
+    parts, sampler = training(config, m, world_size()), engine(config, m, machine)
+    return {**parts, "margin": (MARGIN - 1) * sum(parts.values()), "sampler": sampler}
+
+
+def disk(config, m: Size) -> dict[str, float]:
+    """Size of the run's folder at its end, without responses and judgements (a few GB at most)."""
+    checkpoints = config.cycles * (config.rl_steps // config.save_every if config.save_every else 1)
+    trained = itemsize(config.policy.parameters)
+    optimizer_and_reference = 2 * trained + itemsize(config.policy.dtype)
+    state = trained + (optimizer_and_reference if config.save_every else 0)
+    return {
+        "checkpoints": 2 * m.parameters * min(checkpoints, config.keep_checkpoints or checkpoints),
+        "state": 3 * state * m.parameters,  # the newest two and the one being written
+    }
+
+
+def disk_free(folder: Path) -> float:
+    """Bytes that the folder may grow to: what is free on its disk, and what it holds already."""
+    held = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free + held
 
 
 def itemsize(dtype: str) -> int:

@@ -27,15 +27,11 @@ import matplotlib
 import scipy.stats
 import tyro
 
-import buffer
 import evaluate
-import parallel
-from buffer import Rollout
-from data import load_prompts
-from digits import Reader
-from files import write_text
-from logbook import checkpoints
-from metrics import (
+from backend import parallel
+from config import PRESETS
+from evaluation.digits import Reader
+from evaluation.metrics import (
     Estimate,
     best_constant,
     correlation,
@@ -44,14 +40,19 @@ from metrics import (
     shuffled_calibration,
     top_k_accuracy,
 )
-from presets import PRESETS
+from evaluation.sources import metrics_until, rollouts_of
+from miniature.tiny import Recipe, recipe_hash
 from prompts import ATTRIBUTES
 from reward import calibration
-from sources import metrics_until, rollouts_of
-from tiny import Recipe, recipe_hash
+from storage.data import load_prompts
+from storage.files import write_text
+from storage.logbook import checkpoints
+from storage.record import Rollout
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+from storage.record import read_rollouts  # noqa: E402
 
 # Adapted RLCR at SEE's 2,400 sample-passes: one epoch over 2,400 prompts in batches of 48.
 EQUAL = ["--window", "2400", "--epochs", "1", "--rl_steps", "50"]
@@ -98,7 +99,7 @@ def points(run: Path, base: Path, split: Path) -> list[Point]:
     judged = Counter(
         (r.cycle, r.step)
         for path in (run / "rollouts").glob("*.jsonl")
-        for r in buffer.read(path)
+        for r in read_rollouts(path)
         if r.judge_scores is not None
     )
     for checkpoint in checkpoints(run):
@@ -247,7 +248,7 @@ def one_seed(seed: int) -> None:
 
     train = load_prompts(base / "train.jsonl")
     asked = {p.id: p.conversation[-1]["content"] for p in train}
-    last = buffer.read(Path("runs") / names["SEE"] / "rollouts" / "cycle_15.jsonl")
+    last = read_rollouts(Path("runs") / names["SEE"] / "rollouts" / "cycle_15.jsonl")
     print(f"\nA few rollouts of SEE's last cycle\n\n{look_at(last, asked)}")
     print(f"\n512 test prompts, temperature 0.8, seed {seed}, after 2,400 sample-passes\n")
     print(

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-import parallel
-from buffer import Rollout
-from policy import load_model, load_tokenizer
+from backend import parallel
+from backend.policy import load_model, load_tokenizer
 from prompts import Scores, digit_ids, render_response, score_positions
+from storage.record import Rollout
 
 ROWS = 32  # read at once
 

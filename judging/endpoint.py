@@ -1,4 +1,4 @@
-"""Where a judge is, what its endpoint takes, what it costs.
+"""Judge endpoints: URL, request parameters, key, price.
 
 A judge is any model at an OpenAI-compatible endpoint. Request parameters differ between models, so
 they are configuration: the table `KNOWN` below, with --endpoint.* and --client.* laid over it. Keys
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 
 class Form(NamedTuple):
-    """What counts as a reply."""
+    """The kind of reply that is asked for and counts."""
 
     name: str  # "scores" or "preference"
     schema: dict  # JSON schema
@@ -28,7 +28,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What decides the reply beside the question; a run keeps it from start to end."""
+    """What decides the reply beside the question; fixed for a run."""
 
     base_url: str = ""
     """URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; empty: the judge's
@@ -50,29 +50,29 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """How the replies are got; may change between a run and its continuation."""
+    """How replies are requested; may change between a run and its continuation."""
 
     key_variable: str = ""
     """Name of the environment variable that holds the key; empty: by the table in endpoint.py, else
     OPENAI_API_KEY."""
     concurrency: int = 24
     """Requests in flight at once, all ranks together (authors' configuration)."""
-    tries: int = 8
-    """Tries per answer before the run stops (authors' configuration)."""
+    attempts: int = 8
+    """Attempts per answer before the run stops (authors' configuration)."""
     timeout: float = 90.0
-    """Seconds that one try may take (authors' configuration)."""
+    """Seconds that one attempt may take (authors' configuration)."""
     backoff: float = 2.0
-    """Seconds of the first back-off; doubles with each try, with full jitter (authors'
+    """Seconds of the first back-off; doubles with each attempt, with full jitter (authors'
     configuration)."""
     backoff_max: float = 120.0
     """Longest back-off in seconds (authors' configuration); a longer Retry-After is honoured."""
     deadline: float = 1200.0
-    """Seconds from an answer's first try to its last before the run stops."""
+    """Seconds from an answer's first attempt to its last before the run stops."""
     max_cost: float | None = None
-    """US dollars at which the run stops, all starts together; what is in flight then is still
+    """US dollars at which the run stops, all launches together; what is in flight then is still
     paid."""
     max_calls: int | None = None
-    """Calls, failed tries among them, at which the run stops, all starts together; likewise."""
+    """Calls, failed attempts included, at which the run stops, all launches together; likewise."""
     price_in: float | None = None
     """US dollars per million input tokens; None: by the table in endpoint.py."""
     price_out: float | None = None
@@ -88,7 +88,7 @@ class Known(NamedTuple):
     price_out: float | None = None
 
 
-# By the providers' documentation of 2026; only the tests' own servers have been asked from here.
+# From the providers' documentation of 2026; we have only called the tests' own servers.
 KNOWN = {
     # Does not reason unless asked to, which is what lets it take a temperature.
     "gpt-5.4": Known(price_in=2.5, price_out=15.0),
@@ -122,7 +122,7 @@ class Service:
     """A judge's model at its endpoint: the table's entry with the options laid over it."""
 
     def __init__(self, model: str, endpoint: Endpoint, config: ClientConfig):
-        """Raises ValueError for what can be seen to be wrong before anything is asked."""
+        """Raises ValueError for every mistake that shows before the first request."""
         known = known_judge(model)
         self.model, self.endpoint, self.config = model, endpoint, config
         self.output = known.output if endpoint.output == "auto" else endpoint.output
@@ -134,10 +134,10 @@ class Service:
             or "https://api.openai.com/v1"
         )
         self.price_in, self.price_out = prices(model, config)
-        if not (0 < config.deadline <= 3600 and config.timeout > 0 and config.tries > 0):
+        if not (0 < config.deadline <= 3600 and config.timeout > 0 and config.attempts > 0):
             raise ValueError(
-                "--client.deadline must be at most 3600 s (the other ranks wait for an answer, but "
-                "not for ever), --client.timeout and --client.tries above 0"
+                "--client.deadline must be at most 3600 s, because the other ranks wait for it; "
+                "--client.timeout and --client.attempts above 0"
             )
         self._check_url()
         self.key = self._read_key()
@@ -185,7 +185,7 @@ class Service:
         return more
 
     def request(self, messages: Sequence[dict], form: Form) -> dict:
-        """The body that is sent."""
+        """The request body."""
         e = self.endpoint
         body = {"model": self.model, "messages": list(messages), e.token_limit: e.max_tokens}
         body["temperature"] = e.temperature

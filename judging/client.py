@@ -1,13 +1,14 @@
-"""The way to a judge: one OpenAI-compatible chat client with retries, deadline, budget and a record
-of every try. The only file that uses the network to score.
+"""Judge client: retries, deadline, budget, and a record of every attempt, for one OpenAI-compatible
+endpoint. The only file that uses the network to score.
 
-Authors' request settings (Sec. 4.1's judge): temperature 0.1, at most 128 output tokens, 8 tries,
-back-off from 2 s doubling to 120 s with jitter, 24 requests at once, 90 s time-out.
+Authors' request settings (Sec. 4.1's judge): temperature 0.1, at most 128 output tokens, 8
+attempts, back-off from 2 s doubling to 120 s with jitter, 24 requests at once, 90 s time-out.
 
-A reply counts only if the caller's form accepts it; anything else is a failed try, kept and counted
-under its reason. After the last try, at the deadline, at the budget, or when a request is refused
-in a way that no retry can mend, all ranks stop asking; what is in flight is still waited for and
-kept, because it is paid for. A score is never made up, and the same command run again goes on.
+A reply counts only if the caller's form accepts it; anything else is a failed attempt, kept and
+counted under its reason. After the last attempt, at the deadline, at the budget, or when a request
+is refused in a way that no retry can mend, all ranks stop asking; requests in flight are still
+waited for and kept, because they are paid for. A score is never made up, and the same command run
+again goes on.
 
 Not in the paper: replies are held to a JSON schema where the endpoint can do that; the deadline and
 the budget.
@@ -28,16 +29,16 @@ from typing import NamedTuple
 
 import openai
 
-from endpoint import Form, Service
-from ledger import OK, Ledger, key_of, question_of, read_tries
+from judging.endpoint import Form, Service
+from judging.ledger import OK, Ledger, cache_key, question_key, read_attempts
 
 
 class JudgeError(RuntimeError):
     """No usable reply, and none to be had by asking again now. The message says what to do."""
 
 
-class Tried(NamedTuple):
-    """What became of one request."""
+class Attempt(NamedTuple):
+    """How one request ended."""
 
     outcome: str = OK  # or why the reply does not count
     reply: str | None = None
@@ -49,12 +50,12 @@ class Tried(NamedTuple):
 
 
 class ChatClient:
-    """Asks one model, at most `concurrency` requests at once, and remembers what it said."""
+    """Asks one model, at most `concurrency` requests at once; replies that count are cached."""
 
     def __init__(self, service: Service, concurrency: int, ledger: Ledger):
         self.service, self.config, self.ledger = service, service.config, ledger
         self.model, self.endpoint = service.model, service.base_url
-        self.counts: Counter[str] = Counter()  # of this process: calls, failed tries, US dollars
+        self._counts: Counter[str] = Counter()  # of this process since take_counts
         self._api = openai.AsyncOpenAI(
             api_key=service.key,
             base_url=service.base_url,
@@ -69,40 +70,40 @@ class ChatClient:
         """The parsed reply; `draw` tells several replies to the same question apart. Raises
         JudgeError."""
         request = self.service.request(messages, form)
-        key = key_of(self.endpoint, request, draw)
+        key = cache_key(self.endpoint, request, draw)
         async with self._asking[key]:  # two equal questions at once become one
             self.ledger.refresh()
             if key not in self.ledger.replies:
-                await self._ask_until_it_counts(key, request, form, draw)
+                await self._ask_until_usable(key, request, form, draw)
             return form.parse(self.ledger.replies[key])
 
-    async def _ask_until_it_counts(self, key: str, request: dict, form: Form, draw: int) -> None:
+    async def _ask_until_usable(self, key: str, request: dict, form: Form, draw: int) -> None:
         c, began = self.config, None
-        for attempt in range(1, c.tries + 1):
+        for number in range(1, c.attempts + 1):
             async with self._slots:
-                self._may_ask()
+                self._check_budget()
                 began = began or time.monotonic()
                 self._in_flight += 1
                 started = time.monotonic()
                 try:
-                    tried = await self._try(request, form)
+                    attempt = await self._attempt(request, form)
                 finally:
                     self._in_flight -= 1
-            self._keep(key, request, form, draw, attempt, tried, time.monotonic() - started)
-            if tried.outcome == OK:
+            self._keep(key, request, form, draw, number, attempt, time.monotonic() - started)
+            if attempt.outcome == OK:
                 return
-            if tried.final:
-                raise self._give_up(tried.final)
-            jittered = random.uniform(0, min(c.backoff_max, c.backoff * 2 ** (attempt - 1)))
-            wait = max(jittered, tried.retry_after)
-            if attempt == c.tries:
-                raise self._give_up(self._out_of(f"{c.tries} tries", tried))
+            if attempt.final:
+                raise self._give_up(attempt.final)
+            jittered = random.uniform(0, min(c.backoff_max, c.backoff * 2 ** (number - 1)))
+            wait = max(jittered, attempt.retry_after)
+            if number == c.attempts:
+                raise self._no_usable_reply(f"{c.attempts} attempts", attempt)
             if time.monotonic() + wait - began > c.deadline:
-                raise self._give_up(self._out_of(f"{c.deadline:g} s (--client.deadline)", tried))
+                raise self._no_usable_reply(f"{c.deadline:g} s (--client.deadline)", attempt)
             await self._pause(wait)
 
-    def _may_ask(self) -> None:
-        """JudgeError if a rank has given up, or at the budget."""
+    def _check_budget(self) -> None:
+        """Raise JudgeError if a rank has given up, or at the budget."""
         c, ledger = self.config, self.ledger
         ledger.refresh()
         if ledger.stop:
@@ -123,10 +124,10 @@ class ChatClient:
             self.ledger.give_up(reason)
         return JudgeError(self.ledger.stop)
 
-    def _out_of(self, what: str, last: Tried) -> str:
+    def _no_usable_reply(self, within: str, last: Attempt) -> JudgeError:
         hint = "; raise --endpoint.max_tokens" if last.outcome == "cut at the token limit" else ""
-        return (
-            f"judge {self.model} at {self.endpoint}: no usable reply in {what}, the last: "
+        return self._give_up(
+            f"judge {self.model} at {self.endpoint}: no usable reply in {within}, the last: "
             f"{last.outcome}{hint}. What was judged is on file; run the same command again to go on"
         )
 
@@ -137,33 +138,41 @@ class ChatClient:
             self.ledger.refresh()
 
     def _keep(
-        self, key: str, request: dict, form: Form, draw: int, attempt: int, tried: Tried, s: float
+        self,
+        key: str,
+        request: dict,
+        form: Form,
+        draw: int,
+        number: int,
+        attempt: Attempt,
+        seconds: float,
     ) -> None:
-        cost = self.service.cost(tried.tokens_in, tried.tokens_out)
+        """Put an attempt on file, and count it."""
+        cost = self.service.cost(attempt.tokens_in, attempt.tokens_out)
         row = {
             "key": key,
             "model": self.model,
-            "served_model": tried.served_model,
+            "served_model": attempt.served_model,
             "endpoint": self.endpoint,
             "form": form.name,
             "draw": draw,
-            "attempt": attempt,
-            "outcome": tried.outcome,
-            "reply": tried.reply,
-            "tokens_in": tried.tokens_in,
-            "tokens_out": tried.tokens_out,
+            "attempt": number,
+            "outcome": attempt.outcome,
+            "reply": attempt.reply,
+            "tokens_in": attempt.tokens_in,
+            "tokens_out": attempt.tokens_out,
             "cost": cost,
-            "seconds": round(s, 3),
+            "seconds": round(seconds, 3),
         }
-        self.ledger.add(row | ({"request": request} if tried.outcome == OK else {}))
-        self.counts.update(calls=1, failed=tried.outcome != OK, cost=cost or 0.0)
-        if cost is None and tried.reply is not None and self.config.max_cost is not None:
+        self.ledger.add(row | ({"request": request} if attempt.outcome == OK else {}))
+        self._counts.update(calls=1, failed=attempt.outcome != OK, cost=cost or 0.0)
+        if cost is None and attempt.reply is not None and self.config.max_cost is not None:
             raise self._give_up(
                 f"{self.endpoint} reports no tokens, so --client.max_cost cannot be kept; use "
                 "--client.max_calls"
             )
 
-    async def _try(self, request: dict, form: Form) -> Tried:
+    async def _attempt(self, request: dict, form: Form) -> Attempt:
         body = dict(request)
         model, messages = body.pop("model"), body.pop("messages")
         try:
@@ -175,51 +184,51 @@ class ChatClient:
             status = error.status_code
             again = status >= 500 or status in (408, 409, 425, 429)
             final = None if again else self.service.remedy(status, error.body, request)
-            return Tried(f"HTTP {status}", retry_after=retry_after(error.response), final=final)
+            return Attempt(f"HTTP {status}", retry_after=retry_after(error.response), final=final)
         except (TimeoutError, openai.APITimeoutError):
-            return Tried("time-out")
+            return Attempt("time-out")
         except openai.APIConnectionError:
-            return Tried("connection lost")
+            return Attempt("connection lost")
         return read_reply(response.http_response.text, form)
 
-    def lap(self) -> dict[str, float]:
-        """This process's calls, failed tries and US dollars since the last lap."""
-        spent = {name: float(self.counts[name]) for name in ("calls", "failed", "cost")}
-        self.counts.clear()
-        return spent
+    def take_counts(self) -> dict[str, float]:
+        """This process's calls, failed attempts among them and US dollars since the last time."""
+        counts = {name: float(self._counts[name]) for name in ("calls", "failed", "cost")}
+        self._counts.clear()
+        return counts
 
 
-def read_reply(text: str, form: Form) -> Tried:
-    """What the body of an HTTP 200 is worth."""
+def read_reply(text: str, form: Form) -> Attempt:
+    """The attempt that an HTTP 200 with this body is."""
     if not text.strip():
-        return Tried("empty body")
+        return Attempt("empty body")
     try:
         body = json.loads(text)
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
         reply, refusal = message.get("content"), message.get("refusal")
         usage = body.get("usage") or {}
-        tried = Tried(
+        attempt = Attempt(
             reply=reply if reply is None else str(reply),
             served_model=body.get("model"),
             tokens_in=usage.get("prompt_tokens"),
             tokens_out=usage.get("completion_tokens"),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return Tried("not a chat completion", reply=text)
+        return Attempt("not a chat completion", reply=text)
     if refusal or finish == "content_filter":
-        return tried._replace(outcome="refusal", reply=tried.reply or str(refusal or ""))
+        return attempt._replace(outcome="refusal", reply=attempt.reply or str(refusal or ""))
     if finish == "length":
-        return tried._replace(outcome="cut at the token limit")
+        return attempt._replace(outcome="cut at the token limit")
     if finish != "stop":
-        return tried._replace(outcome=f"finish reason {finish}")
-    if not (tried.reply or "").strip():
-        return tried._replace(outcome="empty reply")
+        return attempt._replace(outcome=f"finish reason {finish}")
+    if not (attempt.reply or "").strip():
+        return attempt._replace(outcome="empty reply")
     try:
-        form.parse(tried.reply)
+        form.parse(attempt.reply)
     except ValueError as reason:
-        return tried._replace(outcome=str(reason))
-    return tried
+        return attempt._replace(outcome=str(reason))
+    return attempt
 
 
 def retry_after(response) -> float:
@@ -237,7 +246,7 @@ def retry_after(response) -> float:
 
 
 class Replay:
-    """Judgements on file in the place of a model: an error for what is not there."""
+    """Judgements on file in place of a model; a question that is not there is an error."""
 
     def __init__(self, path: Path, model: str = ""):
         """`path`: a run's judge_cache.jsonl or what judge.py exported. `model` is needed if it
@@ -246,10 +255,10 @@ class Replay:
             raise ValueError(f"{path}: no such file; --judge replay:FILE takes judgements on file")
         self.path = path
         self._replies: dict[tuple, dict[tuple, str]] = defaultdict(dict)
-        for row in read_tries(path):
+        for row in read_attempts(path):
             if row["outcome"] == OK and model in ("", row["model"]):
                 judge = (row["model"], row["endpoint"])
-                question = (question_of(row["request"]["messages"]), row["form"], row["draw"])
+                question = (question_key(row["request"]["messages"]), row["form"], row["draw"])
                 self._replies[judge].setdefault(question, row["reply"])
         if len(self._replies) != 1:
             held = ", ".join(sorted({name for name, _ in self._replies})) or "none"
@@ -257,20 +266,20 @@ class Replay:
                 f"{path}: judgements of one judge are needed, found {held}; say which by --judge "
                 "replay:FILE@MODEL"
             )
-        [((self.model, self.endpoint), self._known)] = self._replies.items()
+        [((self.model, self.endpoint), self._cached)] = self._replies.items()
 
     async def ask(self, messages: Sequence[dict], form: Form, draw: int = 0) -> object:
-        question = (question_of(messages), form.name, draw)
-        if question not in self._known:
+        question = (question_key(messages), form.name, draw)
+        if question not in self._cached:
             raise JudgeError(
                 f"{self.path} has no {form.name} of {self.model} (draw {draw}) for the question "
                 f"that ends in {messages[-1]['content'][-80:]!r}; replay judges only what was "
                 "judged before, with the same references and template"
             )
-        return form.parse(self._known[question])
+        return form.parse(self._cached[question])
 
-    def lap(self) -> dict[str, float]:
-        """As ChatClient's: nothing is asked."""
+    def take_counts(self) -> dict[str, float]:
+        """As ChatClient's: nothing is ever asked."""
         return {"calls": 0.0, "failed": 0.0, "cost": 0.0}
 
 

@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 
-import controls
-from controls import qualities
+from evaluation import controls
+from evaluation.controls import qualities
+from evaluation.results import Cell, Evaluation, Key
+from evaluation.tables import MAIN, Statistic, Table, Tables, Values, own_digits, show
 from prompts import ATTRIBUTES, EXAMPLES, FEW_SHOT
-from results import Cell, Evaluation, Key
-from tables import MAIN, Statistic, Table, Tables, Values, own_digits, show
 
 SHARE = 0.25  # of the answers, in escalation
 LOW = 0.5  # AUROC and calibration error: does the model foretell a quality below this?

@@ -1,0 +1,313 @@
+"""Every option of cycle.py and evaluate.py with its place in the paper, and the presets.
+
+paper         the paper's run (Table 5)
+official      as the authors' scripts run it, where an option can say so: parameters in bf16. The
+              other differences are not options; README, Departures, lists them
+rlcr          Adapted RLCR, the baseline (Sec. 4.1, Table 6): phase 1 alone, two epochs over 5,000
+              prompts in batches of 48, a checkpoint every 10 steps for Figure 2
+rlcr-matched  the same with SEE's batch of 16. Table 6: SEE and the baseline differ in
+              distillation and in batch size; this control takes the second difference away
+small         a 135M model on two CPU cores with the offline heuristic judge
+tiny          the miniature: the paper's window, steps and batches, minutes on CPU
+tiny-rlcr, tiny-rlcr-matched    its baselines
+"""
+
+import argparse
+import re
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from backend.policy import PolicyConfig
+from backend.sampler import EngineConfig, SamplingParams
+from grpo import GRPOConfig
+from judging.endpoint import ClientConfig, Endpoint
+from reward import RewardConfig
+from sft_masked import SFTConfig
+from storage.run_folder import CellFolder, EvaluationFolder, RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What training and evaluation share."""
+
+    judge: str = "gpt-5.4"
+    """Model name at an OpenAI-compatible endpoint (Sec. 4.1, see judging/endpoint.py); or
+    replay:FILE, the judgements of an earlier run; or "heuristic", an offline stand-in that says
+    nothing about real judging; or "rubric", the miniature's ("rubric:0.3": with a probability of
+    0.3 a score is one off, drawn anew at each call)."""
+    use_references: bool = True
+    """Show the judge reference responses with human labels where the data has them (App. B.3)."""
+    template: Literal["paper", "short", "bare"] = "paper"
+    """Generation template: the paper's (App. B.1), a short one for small models and contexts, or
+    the conversation alone for the miniature. Evaluate with the one of training."""
+    few_shot: Literal["paper-like", "varied"] = "paper-like"
+    """Few-shot examples: scored like the authors', or with scores spread over the range (a control
+    for priming). Evaluate with those of training."""
+    prompt_tokens: int = 4096
+    """Longest prompt, template included, in tokens (Table 5); longer ones are left out and
+    counted."""
+    sampler: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples: vllm where it is installed (auto), or the plain loop."""
+    sample_rows: int = 64
+    """Rollouts that are sampled at once per rank."""
+    seed: int = 42
+    """Seed of the draw of prompts, of sampling and, in training, of orders and selection."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    endpoint: Endpoint = field(default_factory=Endpoint)
+    client: ClientConfig = field(default_factory=ClientConfig)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return self.prompt_tokens + self.sampling.max_tokens
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonConfig):
+    """Self-Evaluation Elicitation. Defaults are the paper's (Table 5)."""
+
+    preset: Literal[
+        "paper", "official", "rlcr", "rlcr-matched", "small", "tiny", "tiny-rlcr",
+        "tiny-rlcr-matched",
+    ] = "paper"  # fmt: skip
+    """Decides the defaults of all other options; what each preset is stands in config.py."""
+    name: str = "see"
+    """The run's folder is runs/NAME."""
+    model: str = "Qwen/Qwen3-4B-Base"
+    """Base model: a Hugging Face folder with safetensors, or a hub id (App. E)."""
+    data: str = "nvidia/HelpSteer2"
+    """Training prompts: a file (kinds: storage/data.py) or a hub id (storage/hub.py). App. E:
+    HelpSteer2 train."""
+    cycles: int = 15
+    """C, cycles of both phases (Sec. 4.1)."""
+    window: int = 160
+    """Unique prompts, drawn once by seed and reused in every cycle (App. E)."""
+    batch: int = 16
+    """B_RL, prompts per RL step over all ranks (Table 5)."""
+    epochs: int = 1
+    """Passes over the window per cycle."""
+    rl_steps: int = 10
+    """K, RL steps per cycle (Table 5); must be epochs x floor(window / batch)."""
+    rollouts: int = 8
+    """Rollouts per prompt, the GRPO group (Table 5)."""
+    reference: Literal["cycle", "base"] = "cycle"
+    """KL reference: the policy at the start of the cycle, or the base model."""
+    distil: bool = True
+    """Phase 2 after each phase 1; without it the run is GRPO alone, as Adapted RLCR (Sec. 4.1,
+    Baseline)."""
+    save_every: int = 0
+    """RL steps between states within a phase, with optimiser, and between checkpoints; 0: states
+    at phase ends, checkpoints at cycle ends."""
+    keep_checkpoints: int = 0
+    """Newest checkpoints that are kept on disk; 0: all (each 2 bytes a parameter)."""
+    dry_run: bool = False
+    """Resolve everything up to the first sample, print it and stop: window, batches, schedule,
+    memory, judge calls and cost, files."""
+    show_batch: bool = False
+    """Print the first row of each phase with its loss mask in colour (prompt and answer are
+    text of the run: mind where the output goes)."""
+    wandb: bool = False
+    """Log metrics to Weights & Biases (WANDB_MODE=offline works); prompts and answers stay here."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path("runs") / self.name)
+
+
+PAPER = Config()
+OFFICIAL = replace(
+    PAPER, preset="official", name="official", policy=PolicyConfig(parameters="bfloat16")
+)
+RLCR = replace(
+    PAPER,
+    preset="rlcr",
+    name="rlcr",
+    cycles=1,
+    window=5000,
+    batch=48,
+    epochs=2,
+    rl_steps=208,  # 2 x floor(5,000 / 48)
+    distil=False,
+    save_every=10,
+    client=ClientConfig(concurrency=48),
+)
+RLCR_MATCHED = replace(
+    RLCR,
+    preset="rlcr-matched",
+    name="rlcr-matched",
+    batch=16,
+    rl_steps=624,  # 2 x floor(5,000 / 16)
+)
+# Not in the paper: sizes and learning rates for SmolLM2-135M on two CPU cores. The paper's rates
+# (1e-6, 2e-6) move a model of this size by next to nothing in 15 steps.
+SMALL = Config(
+    preset="small",
+    name="small",
+    model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    data="tatsu-lab/alpaca_eval",
+    judge="heuristic",
+    cycles=3,
+    window=40,
+    batch=8,
+    rl_steps=5,
+    rollouts=4,
+    prompt_tokens=600,
+    template="short",
+    sampling=SamplingParams(max_tokens=160),
+    grpo=GRPOConfig(lr=5e-5),
+    sft=SFTConfig(lr=1e-4),
+    policy=PolicyConfig(micro_batch_tokens=2048, gradient_checkpointing=False),
+)
+# Not in the paper: sizes and learning rates for the miniature, chosen on its development prompts.
+_TINY = dict(
+    model="models/tiny-0",
+    data="models/tiny-0/train.jsonl",
+    judge="rubric",
+    template="bare",
+    prompt_tokens=64,
+    sampler="transformers",
+    sample_rows=128,
+    sampling=SamplingParams(max_tokens=64),
+    grpo=GRPOConfig(lr=1e-4),
+    sft=SFTConfig(lr=1e-4),
+    # Prompts of some 20 tokens are not worth sharing.
+    policy=PolicyConfig(
+        "float32", shared_prefix=False, micro_batch_tokens=8192, gradient_checkpointing=False
+    ),
+)
+TINY = replace(PAPER, preset="tiny", name="tiny", **_TINY)
+TINY_RLCR = replace(RLCR, preset="tiny-rlcr", name="tiny-rlcr", **_TINY)
+TINY_RLCR_MATCHED = replace(
+    RLCR_MATCHED, preset="tiny-rlcr-matched", name="tiny-rlcr-matched", **_TINY
+)
+PRESETS = {
+    c.preset: c
+    for c in (PAPER, OFFICIAL, RLCR, RLCR_MATCHED, SMALL, TINY, TINY_RLCR, TINY_RLCR_MATCHED)
+}
+# What may differ between a run and its continuation: how long, what is kept, how much at once.
+MAY_CHANGE = {
+    "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "engine",
+    "client", "sample_rows", "policy.micro_batch_tokens", "policy.head_tokens",
+    "policy.gradient_checkpointing", "policy.shared_prefix", "policy.attn",
+}  # fmt: skip
+
+
+def parse(args: list[str], description: str = "") -> Config:
+    """Command line -> Config; `--preset` decides the defaults of the rest."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="paper")
+    default = PRESETS[first.parse_known_args(args)[0].preset]
+    return tyro.cli(Config, default=default, args=args, description=description)
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(CommonConfig):
+    """What all cells of an evaluation share."""
+
+    samples: int = 1
+    """Samples per prompt."""
+    limit: int = 0
+    """Prompts of each benchmark, drawn by seed; 0: all."""
+    training_run: str = ""
+    """Folder of a run, such as runs/see, whose training prompts are left out, and whose first
+    cycle's judgements the trivial predictors are fitted on."""
+    drop_duplicates: bool = False
+    """Leave out prompts that are nearly a training prompt of --training_run or a few-shot example;
+    they are counted in any case."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the sampling model's weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellConfig(EvaluationSettings):
+    """One model on one benchmark."""
+
+    model: str  # Hugging Face folder, or a hub id
+    data: str  # prompt file, or a hub id
+    name: str  # its folder under results/
+
+    @property
+    def folder(self) -> CellFolder:
+        return CellFolder(Path("results") / self.name)
+
+
+STAGES = ("answers", "digits", "sensitivity", "judges", "preferences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(EvaluationSettings):
+    """Evaluate models on benchmarks (Sec. 4)."""
+
+    models: tuple[str, ...]
+    """NAME=FOLDER each, or FOLDER alone: Hugging Face folders or hub ids of one architecture; the
+    first is the base."""
+    benchmarks: tuple[str, ...]
+    """NAME=FILE each, or FILE alone: prompt files (kinds: storage/data.py) or hub ids
+    (storage/hub.py)."""
+    name: str
+    """Results go to results/NAME/BENCHMARK/MODEL."""
+    judges: tuple[str, ...] = ()
+    """Held-out judges (Sec. 4.5, Table 3), by name; their settings are those of the table in
+    judging/endpoint.py, whatever --endpoint and --client.key_variable say of the judge."""
+    repeat: int = 0
+    """Judgements of an answer by the judge, for the ceiling: on the first --repeat_answers answers
+    of each cell; 0 or 1: none."""
+    repeat_answers: int = 100
+    """Answers of each cell that are judged repeatedly."""
+    stronger: tuple[str, ...] = ()
+    """BENCHMARK=FILE each: a stronger model's answers (see storage/data.py, load_answers), judged
+    once; the report sends a share of the prompts to it (Sec. 5)."""
+    stages: tuple[Literal[STAGES], ...] = STAGES
+    """What is done, in this order."""
+
+    @property
+    def folder(self) -> EvaluationFolder:
+        return EvaluationFolder(Path("results") / self.name)
+
+    def cells(self) -> dict[tuple[str, str], CellConfig]:
+        """By (model, benchmark). Raises ValueError for a name given twice or unfit for a folder."""
+        models = _named("models", self.models)
+        benchmarks = _named("benchmarks", self.benchmarks)
+        shared = {f.name: getattr(self, f.name) for f in fields(EvaluationSettings)}
+        return {
+            (m, b): CellConfig(**shared, model=folder, data=file, name=f"{self.name}/{b}/{m}")
+            for m, folder in models.items()
+            for b, file in benchmarks.items()
+        }
+
+
+def _named(option: str, specs: tuple[str, ...]) -> dict[str, str]:
+    """NAME=PATH each, or PATH alone, whose last part becomes the name -> path by name."""
+    pairs = []
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        pairs.append((name, path) if equals else (Path(spec).name.split(".")[0], spec))
+    names = [name for name, _ in pairs]
+    bad = [n for n in names if names.count(n) > 1 or not re.fullmatch(r"[\w.+-]+", n)]
+    if bad or not names:
+        raise ValueError(
+            f"--{option}: {bad[0] if bad else 'nothing'} is no name of its own for a folder; say "
+            "NAME=FOLDER or NAME=FILE with other names"
+        )
+    return dict(pairs)
+
+
+# What may differ between an evaluation and its continuation, and options by their older names.
+EVALUATION_MAY_CHANGE = {"sample_rows", "engine", "client"}
+RENAMED = {"window": "training_run"}

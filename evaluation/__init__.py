@@ -1,0 +1,1 @@
+"""Figures from judged answers: metrics, controls, intervals, tables, the page."""

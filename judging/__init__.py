@@ -1,0 +1,1 @@
+"""The way to a judge: endpoints, requests, what was paid, offline stand-ins."""

@@ -1,0 +1,1 @@
+"""Files: prompts and models in, rollouts, metrics and run folders out."""

@@ -1,0 +1,95 @@
+"""The record of one rollout, and JSONL files of them.
+
+A run appends every rollout, malformed ones too, as soon as it is judged, so that a killed run loses
+nothing that was paid for.
+"""
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from prompts import OPEN
+from storage.files import append_line
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response of the policy with its self-scores, the judge's scores and its reward: a line of
+    rollouts/cycle_NN.jsonl as it stands."""
+
+    cycle: int  # from 1, as in Algorithm 1
+    step: int  # RL step within the cycle, from 1
+    prompt_id: str
+    sample: int  # which of the prompt's rollouts, from 0
+    seed: int  # of the sampler
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # as sampled, stop text included
+    text: str  # the tokenizer's decoding of response_ids
+    finish_reason: str  # "stop" (stop text or end-of-sequence token) or "length" (cut at the limit)
+    answer: str | None  # text before the block, None if malformed
+    self_scores: tuple[int, ...] | None  # None if malformed
+    # Indices into response_ids; None if malformed, or if a digit shares its token.
+    score_positions: tuple[int, ...] | None
+    judge_scores: tuple[int, ...] | None  # None if malformed: such a response is never judged
+    judge_model: str | None
+    reward: float
+    quality: float | None
+    calibration: float | None
+    weight_version: str  # which weights sampled it: "c2s7" is cycle 2 after 7 RL steps
+    # The sampler's log-probabilities at temperature 1, for the alarm (grpo.py, note 2).
+    sampled_logp: tuple[float, ...] | None = None
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        return (self.step, self.prompt_id, self.sample)
+
+
+def answer_text(r: Rollout) -> str:
+    """The answer, also of a malformed response: the text before its first tag."""
+    return r.answer if r.answer is not None else r.text.partition(OPEN)[0].strip()
+
+
+def answer_id(r: Rollout) -> str:
+    """Tells whether a line is about this very answer."""
+    return hashlib.blake2b(repr(r.response_ids).encode(), digest_size=6).hexdigest()
+
+
+def append_rollout(path: Path, rollout: Rollout) -> None:
+    """Add one rollout to a file that all ranks may share."""
+    append_line(path, asdict(rollout))
+
+
+def rollout_from_row(row: dict) -> Rollout:
+    """A rollout from its line; unknown fields are ignored."""
+    names = {f.name for f in fields(Rollout)}
+    return Rollout(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in names}
+    )
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """All rollouts of a file; of two with the same key the later one. A torn last line is left out
+    with a warning.
+
+    Raises ValueError with file and line for any other line that is not a rollout.
+    """
+    if not path.exists():
+        return []
+    rollouts: dict[tuple, Rollout] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            warnings.warn(
+                f"{path}:{number}: the last line is cut short and is left out", stacklevel=2
+            )
+            continue
+        try:
+            rollout = rollout_from_row(json.loads(line))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}:{number}: not a rollout ({error}); remove the line or the file"
+            ) from error
+        rollouts.pop(rollout.key, None)  # so that the order is that of the last writing
+        rollouts[rollout.key] = rollout
+    return list(rollouts.values())

@@ -1,0 +1,214 @@
+"""What lies where in a run's folder and in an evaluation's. No other file knows these names.
+
+runs/NAME/                        RunFolder
+    config.json  env.json         options as used; commit, versions and devices of each launch
+    window.json                   ids of the training prompts
+    metrics.jsonl                 one line per RL step, SFT update and cycle
+    rollouts/cycle_NN.jsonl       every response, its scores and the judge's
+    judge_cache.jsonl             every request to the judge (judging/ledger.py)
+    checkpoints/cycle_NN/         Hugging Face folders in bf16; cycle_NN_step_NNNNN in a phase
+    state/                        fp32 shards to resume from (backend/parallel.py)
+results/NAME/                     EvaluationFolder
+    models.json                   the models in the order first asked for, the base first
+    window.jsonl                  the base's scores for the training window's answers
+    BENCHMARK/stronger.jsonl      judgements of a stronger model's answers
+    BENCHMARK/MODEL/              CellFolder: config.json, env.json, judge_cache.jsonl and
+        rollouts.jsonl            the answers
+        summary.json              their figures
+        digits_SCORER.jsonl       SCORER's log-probabilities of the digits after these answers
+        sensitivity.jsonl         scores for exchanged and cut answers
+        scores_JUDGE.jsonl        further judgements
+        preferences.jsonl         the pairwise referee
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.files import read_lines, write_text
+from storage.record import Rollout, read_rollouts
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a run's folder and a cell's have in common."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def env_file(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def judge_cache(self) -> Path:
+        return self.path / "judge_cache.jsonl"
+
+    def config(self) -> dict:
+        return json.loads(self.config_file.read_text())
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class RunFolder(Folder):
+    @property
+    def window_file(self) -> Path:
+        return self.path / "window.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def wandb_id_file(self) -> Path:
+        return self.path / "wandb_id.txt"
+
+    @property
+    def states(self) -> Path:
+        return self.path / "state"
+
+    def state(self, cycle: int, step: int) -> Path:
+        return self.states / f"cycle_{cycle:03d}_step_{step:05d}"
+
+    def rollouts(self, cycle: int) -> Path:
+        return self.path / "rollouts" / f"cycle_{cycle:02d}.jsonl"
+
+    def checkpoint(self, cycle: int, step: int | None = None) -> Path:
+        """After a cycle, or after an RL step within its phase 1."""
+        name = f"cycle_{cycle:02d}" if step is None else f"cycle_{cycle:02d}_step_{step:05d}"
+        return self.path / "checkpoints" / name
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first: "~" sorts after "_", so a cycle's last one follows those of its steps."""
+        return sorted((self.path / "checkpoints").glob("cycle_*"), key=lambda path: path.name + "~")
+
+    def all_rollouts(self) -> list[Rollout]:
+        paths = sorted((self.path / "rollouts").glob("cycle_*.jsonl"))
+        return [rollout for path in paths for rollout in read_rollouts(path)]
+
+    def first_cycle(self) -> list[Rollout]:
+        """The judged rollouts of the first cycle."""
+        return [r for r in read_rollouts(self.rollouts(1)) if r.judge_scores is not None]
+
+    def window_ids(self) -> list[str]:
+        return json.loads(self.window_file.read_text())
+
+    def metrics(self) -> list[dict]:
+        if not self.metrics_file.exists():
+            return []
+        return [row for _, _, row in read_lines(self.metrics_file)]
+
+    def keep_metrics_until(self, cycle: int, step: int) -> None:
+        """Drop the lines written after the state (cycle, step); a continuation writes them anew."""
+        self._rewrite_metrics(lambda line: not _after(line, cycle, step))
+
+    def _rewrite_metrics(self, keep: Callable[[dict], bool]) -> None:
+        lines = [json.dumps(line) + "\n" for line in self.metrics() if keep(line)]
+        write_text(self.metrics_file, "".join(lines))
+
+
+def _after(line: dict, cycle: int, step: int | None) -> bool:
+    """Whether a line of metrics.jsonl was written after an RL step of a cycle; None: after its
+    end."""
+    if line["cycle"] != cycle or step is None:
+        return line["cycle"] > cycle
+    return line["phase"] not in ("rl", "setup") or line["step"] > step
+
+
+def metrics_until(checkpoint: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl up to one of its checkpoints; [] if there are none."""
+    _, cycle, *rest = checkpoint.name.split("_")  # cycle_NN, or cycle_NN_step_NNNNN in phase 1
+    step = int(rest[1]) if rest else None
+    lines = RunFolder(checkpoint.parent.parent).metrics()
+    return [line for line in lines if not _after(line, int(cycle), step)]
+
+
+class CellFolder(Folder):
+    """One model's answers to one benchmark."""
+
+    @property
+    def rollouts_file(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def sensitivity_file(self) -> Path:
+        return self.path / "sensitivity.jsonl"
+
+    @property
+    def preferences_file(self) -> Path:
+        return self.path / "preferences.jsonl"
+
+    def digits_file(self, scorer: str) -> Path:
+        return self.path / f"digits_{scorer}.jsonl"
+
+    def digits_files(self) -> dict[str, Path]:
+        """By scorer."""
+        paths = self.path.glob("digits_*.jsonl")
+        return {path.stem.removeprefix("digits_"): path for path in paths}
+
+    def scores_file(self, judge: str) -> Path:
+        return self.path / f"scores_{file_name(judge)}.jsonl"
+
+    def scores_files(self) -> dict[str, Path]:
+        """By the judge's name as it stands in the file's (see `file_name`)."""
+        paths = self.path.glob("scores_*.jsonl")
+        return {path.stem.removeprefix("scores_"): path for path in paths}
+
+    def summary(self) -> dict:
+        return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else {}
+
+    def answers(self) -> list[Rollout]:
+        """Those of the newest weights, one for each sample, in an order that does not depend on
+        which was finished first."""
+        rows = read_rollouts(self.rollouts_file)
+        newest = [r for r in rows if r.weight_version == rows[-1].weight_version]
+        by_sample = {(r.prompt_id, r.sample): r for r in newest}
+        return sorted(by_sample.values(), key=lambda r: r.key)
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    path: Path
+
+    @property
+    def models_file(self) -> Path:
+        return self.path / "models.json"
+
+    @property
+    def window_scores_file(self) -> Path:
+        return self.path / "window.jsonl"
+
+    def stronger_file(self, benchmark: str) -> Path:
+        return self.path / benchmark / "stronger.jsonl"
+
+    def stronger_files(self) -> dict[str, Path]:
+        """By benchmark."""
+        return {path.parent.name: path for path in self.path.glob("*/stronger.jsonl")}
+
+    def cell(self, benchmark: str, model: str) -> CellFolder:
+        return CellFolder(self.path / benchmark / model)
+
+    def cells(self) -> dict[tuple[str, str], CellFolder]:
+        """By (benchmark, model): benchmarks by name, models in the order of models.json."""
+        order = json.loads(self.models_file.read_text()) if self.models_file.exists() else []
+
+        def place(path: Path) -> tuple[int, Path]:
+            return (order.index(path.name) if path.name in order else len(order)), path
+
+        paths = [path.parent for path in self.path.glob("*/*/config.json")]
+        return {(p.parent.name, p.name): CellFolder(p) for p in sorted(paths, key=place)}
+
+
+def file_name(judge: str) -> str:
+    """A judge's name with "_" in place of what a file name should not hold."""
+    return re.sub(r"[^A-Za-z0-9.+-]", "_", judge)
