@@ -68,13 +68,13 @@ def keep_freed_memory() -> None:
 
 
 def rank() -> int:
-    """This process's number, from 0; before the group is made, as torchrun says it."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    """This process's number, from 0. Torchrun's, so it is known before the group is made."""
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes there are; before the group is made, as torchrun says it."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device() -> torch.device:
