@@ -1,4 +1,4 @@
-# Set-up, tests, lint. Each target builds .venv when it is missing or its requirements changed.
+# Set-up, demo, tests, lint. Each target builds .venv when it is missing or its requirements changed.
 
 PYTHON ?= python3
 # A package index that holds torch's CPU builds, where pip's own does not (README, Set-up).

@@ -63,7 +63,6 @@ def prepare(cell: CellConfig) -> Inputs:
     trained: dict[str, Prompt] = {}
     if cell.training_run:
         run = RunFolder(Path(cell.training_run))
-        trained = training_prompts(run)
         judges = {r.judge_model for r in run.first_cycle()}
         if judges and judges != {judge}:
             raise ValueError(
@@ -71,6 +70,7 @@ def prepare(cell: CellConfig) -> Inputs:
                 f"{judge}: predictors fitted on it would predict another judge; give the run's "
                 "judge, or another run"
             )
+        trained = training_prompts(run)
     prompts = [p for p in inputs.prompts if p.id not in trained]
     duplicate = near_duplicates(prompts, [*trained.values(), *few_shot_prompts(cell)])
     if cell.drop_duplicates:

@@ -89,9 +89,7 @@ def test_all_stages_killed_and_continued(
 
     folder = whole / "results" / "x"
     assert json.loads((folder / "models.json").read_text()) == ["base", "other"]
-    evaluate.keep_model_order(
-        EvaluationConfig(models=(), benchmarks=(), name="x"), ["third", "base"]
-    )
+    evaluate.keep_model_order(folder / "models.json", ["third", "base"])
     assert json.loads((folder / "models.json").read_text()) == ["base", "other", "third"]
     base, other = folder / "one" / "base", folder / "one" / "other"
     rollouts = {cell: CellFolder(cell).answers() for cell in (base, other)}
