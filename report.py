@@ -85,11 +85,9 @@ def run(command: Command) -> str:
 def make_tables(results: Results, others: Sequence[Results] = ()) -> list[Table]:
     """All tables for which there are results. `others`: evaluations under other settings."""
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # for speed
-        tables = [
-            *paper_tables.all_tables(results),
-            *control_tables.all_tables(results),
-            *use_tables.all_tables(results, others),
-        ]
+        makers = (*paper_tables.TABLES, *control_tables.TABLES, *use_tables.TABLES)
+        tables = [make(results) for make in makers]
+        tables.append(use_tables.other_settings(results, others))
     return [table for table in tables if len(table.frame)]
 
 

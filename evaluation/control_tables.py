@@ -9,21 +9,7 @@ from evaluation.controls import calibrations
 from evaluation.intervals import NOTHING, Difference
 from evaluation.paper_tables import calibration, preferences, quality
 from evaluation.results import Cell, Results
-from evaluation.table import Column, Table, Values, mean, ratio, rows, statistic
-
-
-def all_tables(results: Results) -> list[Table]:
-    return [
-        comparisons(results),
-        predictors(results),
-        answers_by_scorers(results),
-        discrimination(results),
-        choice_of_responses(results),
-    ]
-
-
-# --------------------------------------------------------------------------------------------------
-# What several tables show of a cell
+from evaluation.table import Column, Table, Values, figures, mean, ratio, rows, statistic
 
 
 def calibration_by(c: Cell, scorer: str) -> Values:
@@ -39,9 +25,6 @@ def window_constant(c: Cell) -> Values:
         return [], []
     return calibrations(c.window.constant, c.j, c.gamma), c.prompts
 
-
-# --------------------------------------------------------------------------------------------------
-# Comparisons
 
 PRIMARY = "calibration - the best constant's"
 Side = Callable[[Cell], Values]
@@ -114,10 +97,10 @@ def difference(cells: list[Cell], ours: Side, theirs: Side) -> Difference:
     runs = [(by_prompt(*ours(cell)), by_prompt(*theirs(cell))) for cell in cells]
     if len(runs) == 1:
         return intervals.paired(*runs[0])
-    runs = [list(intervals.differences(*sides).values()) for sides in runs]
-    if not all(runs):
+    values = [list(intervals.differences(*sides).values()) for sides in runs]
+    if not all(values):
         return Difference(NOTHING, None)
-    return intervals.paired_seeds([np.mean(values) for values in runs], [0.0] * len(runs))
+    return intervals.paired_seeds(list(map(np.mean, values)), [0.0] * len(values))
 
 
 def by_prompt(values: Sequence[float], prompts: Sequence[str]) -> dict[str, list[float]]:
@@ -125,10 +108,6 @@ def by_prompt(values: Sequence[float], prompts: Sequence[str]) -> dict[str, list
     for value, prompt in zip(values, prompts, strict=True):
         grouped.setdefault(prompt, []).append(float(value))
     return grouped
-
-
-# --------------------------------------------------------------------------------------------------
-# Predictors that know less
 
 
 def predicted(predict: Callable[[Cell], np.ndarray | None]) -> Column:
@@ -238,10 +217,6 @@ def predictors(results: Results) -> Table:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Whose scores are they?
-
-
 def answers_by_scorers(results: Results) -> Table:
     """Calibration of every model's scores for every model's answers."""
     columns = {f"scored by {m}": mean(lambda c, m=m: calibration_by(c, m)) for m in results.models}
@@ -250,7 +225,11 @@ def answers_by_scorers(results: Results) -> Table:
         "Each scorer's most probable digits, one after the other, after stored answers. A gain is "
         f"self-evaluation as far as {results.base}'s answers show it too; a gain that they do not "
         "show came from the answers.",
-        rows(results, columns, lambda c: any(c.digits.values())),
+        [
+            {"benchmark": b, "answers by": m} | figures(columns, cells)
+            for b, m, cells in results.each()
+            if any(cells[0].digits.values())
+        ],
     )
 
 
@@ -329,3 +308,6 @@ def choice_of_responses(results: Results) -> Table:
         "answers, and malformed ones that were not judged.",
         rows(results, columns),
     )
+
+
+TABLES = (comparisons, predictors, answers_by_scorers, discrimination, choice_of_responses)

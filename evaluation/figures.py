@@ -32,36 +32,48 @@ class Costs(NamedTuple):
     unique_prompts: int
 
 
-def costs(cell: Cell) -> tuple[str, Costs] | None:
-    """(run, costs) of a checkpoint runs/NAME/checkpoints/cycle_NN..., None for other models."""
-    checkpoint = Path(cell.config["model"])
-    if checkpoint.parent.name != "checkpoints":
-        return None
-    run = RunFolder(checkpoint.parent.parent)
-    lines = metrics_until(checkpoint)
-    rl = [line for line in lines if line["phase"] == "rl"]
-    sft = [line for line in lines if line["phase"] == "sft"]
-    if not rl:
-        return None
+def costs(checkpoints: Sequence[Path]) -> dict[Path, Costs]:
+    """What these checkpoints of one run had cost; {} if its metrics are not on file."""
+    run = RunFolder(checkpoints[0].parent.parent)
+    if not run.metrics():
+        return {}
+    window = len(run.window_ids())
     judged = Counter((r.cycle, r.step) for r in run.all_rollouts() if r.judge_scores is not None)
-    passes = rl[-1]["sample_passes"]
-    return run.path.name, Costs(
-        sample_passes=passes,
-        judge_calls=sum(judged[line["cycle"], line["step"]] for line in rl),
-        optimiser_steps=len(rl) + len(sft),
-        unique_prompts=min(passes, len(run.window_ids())),
-    )
+    table = {}
+    for checkpoint in checkpoints:
+        lines = metrics_until(checkpoint)
+        rl = [line for line in lines if line["phase"] == "rl"]
+        sft = [line for line in lines if line["phase"] == "sft"]
+        passes = rl[-1]["sample_passes"]
+        table[checkpoint] = Costs(
+            sample_passes=passes,
+            judge_calls=sum(judged[line["cycle"], line["step"]] for line in rl),
+            optimiser_steps=len(rl) + len(sft),
+            unique_prompts=min(passes, window),
+        )
+    return table
+
+
+def costs_of_models(results: Results) -> dict[str, dict[str, Costs]]:
+    """run -> model -> costs, of the models that are a run's checkpoint
+    runs/NAME/checkpoints/cycle_NN..., in the order of their costs."""
+    runs: dict[Path, dict[Path, str]] = {}
+    for model in results.models:
+        path = Path(results.cells(results.benchmarks[0], model)[0].config["model"])
+        if path.parent.name == "checkpoints":
+            runs.setdefault(path.parent.parent, {})[path] = model
+    table = {}
+    for run, models in runs.items():
+        by_cost = sorted((cost, models[path]) for path, cost in costs(list(models)).items())
+        table[run.name] = {model: cost for cost, model in by_cost}
+    return table
 
 
 def figure_2(results: Results, path: Path) -> bool:
     """Quality and calibration over sample-passes (the paper's Figure 2) and over three other costs;
     one line per run, from the base on."""
-    runs: dict[str, list[tuple[Costs, str]]] = {}
-    for model in results.models:
-        if checkpoint := costs(results.cells(results.benchmarks[0], model)[0]):
-            run, cost = checkpoint
-            runs.setdefault(run, [(Costs(0, 0, 0, 0), results.base)]).append((cost, model))
-    if max(map(len, runs.values()), default=0) < 3:
+    runs = costs_of_models(results)
+    if max(map(len, runs.values()), default=0) < 2:
         return False
     rows = [
         (benchmark, name, mean(values))
@@ -72,11 +84,11 @@ def figure_2(results: Results, path: Path) -> bool:
                              figsize=(14, 3 * len(rows)))  # fmt: skip
     for (benchmark, name, column), row in zip(rows, axes, strict=True):
         row[0].set_ylabel(f"{name}, {benchmark}")
-        for run, checkpoints in runs.items():
-            checkpoints = sorted(checkpoints)
-            points = [column(results.cells(benchmark, model)) for _, model in checkpoints]
+        for run, by_model in runs.items():
+            by_model = {results.base: Costs(0, 0, 0, 0)} | by_model
+            points = [column(results.cells(benchmark, model)) for model in by_model]
             for k, axis in enumerate(row):
-                _line(axis, [cost[k] for cost, _ in checkpoints], points, run)
+                _line(axis, [cost[k] for cost in by_model.values()], points, run)
                 axis.set_xlabel(Costs._fields[k].replace("_", " "))
     axes[0][0].legend()
     return _save(fig, path)

@@ -96,9 +96,10 @@ def shuffled_calibration(
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Pearson's; None where one of the two does not vary."""
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if not len(x) or (x == x[0]).all() or (y == y[0]).all():
         return None
-    return float(np.corrcoef(x, y)[0, 1])
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
 def top_k_hits(logp: np.ndarray, judge: np.ndarray, k: int = 5) -> np.ndarray:

@@ -4,7 +4,6 @@ Only well-formed responses enter the scores (Sec. 4.1), so the well-formed rate 
 paper's figures stand beside ours only where judge, template and benchmark are the paper's.
 """
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -37,26 +36,6 @@ PAPER_TOP_5 = {
 }  # fmt: skip
 
 
-def all_tables(results: Results) -> list[Table]:
-    """In the paper's order."""
-    setting = {"template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0,
-               "use_references": True, "drop_duplicates": False}  # fmt: skip
-    papers_judge = re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", results.judge)
-    same = papers_judge and all(results.settings[k] == v for k, v in setting.items())
-    return [
-        main_table(results, PAPER_MAIN if same else {}),
-        win_rates(results, PAPER_WIN_RATES if same else {}),
-        held_out_judges(results),
-        top_5(results, PAPER_TOP_5 if same else {}),
-        calibration_by_attribute(results),
-        error_by_attribute(results),
-    ]
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables 1 and 2
-
-
 def well_formed(c: Cell) -> Values:
     return [r.self_scores is not None for r in c.rollouts], [r.prompt_id for r in c.rollouts]
 
@@ -77,7 +56,7 @@ MAIN = {
 }
 
 
-def main_table(results: Results, paper: dict) -> Table:
+def main_table(results: Results) -> Table:
     setting = results.settings
     temperature = setting["temperature"]
     decoding = f"sampled at temperature {temperature:g}" if temperature else "greedy decoding"
@@ -89,15 +68,11 @@ def main_table(results: Results, paper: dict) -> Table:
         "well-formed responses only. Prompts that are nearly a training prompt or a few-shot "
         f"example ({'left out' if setting['drop_duplicates'] else 'kept'}): "
         f"{', '.join(duplicates)}.",
-        rows(results, MAIN, paper=paper),
+        rows(results, MAIN, paper=PAPER_MAIN),
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Win-rates
-
-
-def win_rates(results: Results, paper: dict) -> Table:
+def win_rates(results: Results) -> Table:
     """Against the base: by recorded scores, sample by sample, and by the pairwise referee."""
 
     def by_scores(scores: Callable[[Cell], np.ndarray]) -> Column:
@@ -123,7 +98,7 @@ def win_rates(results: Results, paper: dict) -> Table:
         "asked in both orders; a disagreement is a tie. Length-adjusted: at equal length, "
         "without LC AlpacaEval's term for difficulty. Order bias: win-rate when shown first "
         "minus when shown second.",
-        rows(results, columns, lambda c: c.model != results.base, paper),
+        rows(results, columns, lambda c: c.model != results.base, PAPER_WIN_RATES),
     )
 
 
@@ -136,10 +111,6 @@ def length_adjusted(c: Cell) -> tuple[Callable, Sequence]:
     result, prompts = (np.array(x) for x in preferences(c, lambda x: x["result"]))
     longer_by = np.array([x["longer_by"] for x in c.preferences])
     return lambda i: intervals.length_adjusted(result[i], longer_by[i]), prompts
-
-
-# --------------------------------------------------------------------------------------------------
-# Table 3
 
 
 def held_out_judges(results: Results) -> Table:
@@ -173,11 +144,7 @@ def held_out_judges(results: Results) -> Table:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Table 4
-
-
-def top_5(results: Results, paper: dict) -> Table:
+def top_5(results: Results) -> Table:
     """Top-5 accuracy, and what one ranking of the digits for all responses reaches."""
 
     def own(c: Cell) -> Values:
@@ -203,13 +170,9 @@ def top_5(results: Results, paper: dict) -> Table:
                 "test ranking": mean(lambda c: ranking(c, c.j[c.log_probabilities("own")[0]])),
             },
             lambda c: c.log_probabilities("own")[0],
-            paper,
+            PAPER_TOP_5,
         ),
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# By attribute
 
 
 def by_attribute(values: Callable[[Cell], np.ndarray]) -> dict[str, Column]:
@@ -234,3 +197,8 @@ def error_by_attribute(results: Results) -> Table:
         "|s - j|, in points of 0-9.",
         rows(results, by_attribute(lambda c: np.abs(c.s - c.j))),
     )
+
+
+TABLES = (
+    main_table, win_rates, held_out_judges, top_5, calibration_by_attribute, error_by_attribute
+)  # fmt: skip

@@ -5,6 +5,7 @@ Evaluation   one folder results/NAME: a cell for each benchmark and model
 Results      what a table shows: one evaluation, or several that differ in their seed alone
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -330,6 +331,11 @@ class Results:
                     "one setting, and those of others with --beside"
                 )
         self.judge = self.settings["judge"]
+        paper = {"template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0,
+                 "use_references": True, "drop_duplicates": False}  # fmt: skip
+        self.papers_setting = bool(
+            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge)
+        ) and all(self.settings[name] == value for name, value in paper.items())
 
     def cells(self, benchmark: str, model: str) -> list[Cell]:
         """One for each evaluation."""

@@ -59,14 +59,15 @@ def rows(
     keep: Callable[[Cell], object] = lambda cell: True,
     paper: Mapping[tuple[str, str, str], float] | None = None,
 ) -> list[dict[str, Figure]]:
-    """A row for every benchmark and model of which `keep` is true. `paper`: the paper's figures by
-    (benchmark, model, header), to be shown beside these columns."""
+    """A row for every benchmark and model for which `keep` is true. `paper`: the paper's figures by
+    (benchmark, model, header); they stand beside these columns if our setting is the paper's."""
+    published = (paper if results.papers_setting else None) or {}
     table = []
     for benchmark, model, cells in results.each():
         if keep(cells[0]):
             row = {"benchmark": benchmark, "model": model} | figures(columns, cells)
-            for header in dict.fromkeys(header for _, _, header in paper or ()):
-                row[header + PAPER] = paper.get((benchmark, model, header))
+            for header in dict.fromkeys(header for _, _, header in published):
+                row[header + PAPER] = published.get((benchmark, model, header))
             table.append(row)
     return table
 

@@ -3,6 +3,7 @@ error comes from, what changes them, what they are good for (Sec. 5), and the sa
 other settings. controls.py explains each figure."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -16,22 +17,6 @@ from prompts import ATTRIBUTES, EXAMPLES, FEW_SHOT
 
 SHARE = 0.25  # of the answers goes to the stronger model
 LOW = 0.5  # AUROC and ECE: does the model predict a quality below this?
-
-
-def all_tables(results: Results, others: Sequence[Results] = ()) -> list[Table]:
-    """`others`: evaluations under other settings."""
-    return [
-        distributions(results, "own"),
-        distributions(results, "judge"),
-        errors(results),
-        sensitivity(results),
-        uses(results),
-        other_settings(results, others),
-    ]
-
-
-# --------------------------------------------------------------------------------------------------
-# What was not trained
 
 
 def distributions(results: Results, before: str) -> Table:
@@ -79,10 +64,6 @@ def distributions(results: Results, before: str) -> Table:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Where the error comes from
-
-
 def errors(results: Results) -> Table:
     """By attribute."""
 
@@ -119,10 +100,6 @@ def errors(results: Results) -> Table:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# What changes the scores
-
-
 def copied(c: Cell) -> Values:
     """Which score vectors stand in a few-shot example."""
     examples = FEW_SHOT[c.config["few_shot"]][: EXAMPLES[c.config["template"]]]
@@ -155,20 +132,9 @@ def sensitivity(results: Results) -> Table:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# What the scores are good for
-
-
-def use_columns(column: Callable[[str], Column]) -> dict[str, Column]:
-    """`column`: of a field of controls.Use."""
-    return {
-        "by self-evaluation": column("by_self"),
-        "random": column("random"),
-        "oracle": column("oracle"),
-    }
-
-
 def best_of_n(field: str) -> Column:
+    """`field`: of controls.Use, here and below."""
+
     def values(c: Cell) -> Values:
         uses = controls.best_of_n(c.own_quality, c.quality, c.prompts)
         return [getattr(use, field) for use in uses], range(len(uses))
@@ -201,31 +167,28 @@ def escalated(field: str) -> Column:
 
 def uses(results: Results) -> Table:
     """Sec. 5 names these. Each is shown beside chance and beside knowing the judge."""
-    samples = results.settings["samples"]
-    table = []
-    for b, m, cells in results.each():
-        uses = {
-            f"best of {samples}: quality": best_of_n,
-            "selective answering: area under risk-coverage": selective,
-            f"{SHARE:.0%} escalated to the stronger model: quality": escalated,
-        }
-        for use, column in uses.items():
-            possible = {best_of_n: samples > 1, escalated: all(cell.stronger for cell in cells)}
-            if cells[0].valid and possible.get(column, True):
-                key = {"benchmark": b, "model": m, "use": use}
-                table.append(key | figures(use_columns(column), cells))
+    n = results.settings["samples"]
+    uses = {
+        f"best of {n}: quality": (best_of_n, lambda c: n > 1),
+        "selective answering: area under risk-coverage": (selective, lambda c: True),
+        f"{SHARE:.0%} escalated to the stronger model: quality": (escalated, lambda c: c.stronger),
+    }
+    headers = {"by self-evaluation": "by_self", "random": "random", "oracle": "oracle"}
     return Table.of(
         "Uses",
         "Best of n: the judge's quality of the answer that the model rates best, higher is better. "
         "Selective answering: mean of 1 - quality over coverage, the best rated answered first; "
         "lower is better. Escalation: mean quality when the lowest rated answers are exchanged for "
         "a stronger model's, from a file.",
-        table,
+        [
+            {"benchmark": b, "model": m, "use": use}
+            | figures({header: column(field) for header, field in headers.items()}, cells)
+            for b, m, cells in results.each()
+            if cells[0].valid
+            for use, (column, possible) in uses.items()
+            if all(map(possible, cells))
+        ],
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Other settings
 
 
 def other_settings(results: Results, others: Sequence[Results]) -> Table:
@@ -253,3 +216,9 @@ def other_settings(results: Results, others: Sequence[Results]) -> Table:
             for name, column in metrics.items()
         ],
     )
+
+
+TABLES = (
+    partial(distributions, before="own"), partial(distributions, before="judge"), errors,
+    sensitivity, uses,
+)  # fmt: skip
