@@ -23,8 +23,8 @@ import sklearn
 import tyro
 
 from evaluation import control_tables, figures, page, paper_tables, use_tables
-from evaluation.results import Results, by_settings, load_evaluation, load_run
-from evaluation.table import Table
+from evaluation.results import load_evaluation, load_run
+from evaluation.table import Results, Table, by_settings
 from storage.files import write_text
 
 

@@ -8,15 +8,8 @@ from evaluation import controls, intervals, metrics
 from evaluation.controls import calibrations
 from evaluation.intervals import NOTHING, Difference
 from evaluation.paper_tables import calibration, preferences, quality
-from evaluation.results import Cell, Results
-from evaluation.table import Column, Table, Values, figures, mean, ratio, rows, statistic
-
-
-def calibration_by(c: Cell, scorer: str) -> Values:
-    """Calibration of a scorer's most probable digits after this cell's answers."""
-    indices, scores = c.match(c.scores_by(scorer))
-    s = np.array(scores, int).reshape(-1, 5)
-    return calibrations(s, c.j[indices], c.gamma), c.prompts[indices]
+from evaluation.results import Cell, Key
+from evaluation.table import Column, Results, Table, Values, mean, measure, ratio, rows, statistic
 
 
 def window_constant(c: Cell) -> Values:
@@ -31,7 +24,7 @@ Side = Callable[[Cell], Values]
 
 
 def compared(results: Results, model: str) -> dict[str, tuple[Side, Side]]:
-    """What is compared of a model: name -> (minuend, subtrahend)."""
+    """What is compared of a model: ours - theirs."""
     base = results.base
     pairs: dict[str, tuple[Side, Side]] = {
         PRIMARY: (calibration, window_constant),
@@ -45,8 +38,8 @@ def compared(results: Results, model: str) -> dict[str, tuple[Side, Side]]:
         pairs[f"quality - {other}'s"] = (quality, by_model(other, quality))
     if model != base:
         pairs[f"on {base}'s answers: calibration of its scores - {base}'s"] = (
-            lambda c: calibration_by(c.of(base), model),
-            lambda c: calibration_by(c.of(base), base),
+            lambda c: calibration(c.of(base).rescored(model)),
+            lambda c: calibration(c.of(base).rescored(base)),
         )
         pairs["response win-rate - half"] = (
             lambda c: preferences(c, lambda x: (x["result"] + 1) / 2),
@@ -112,23 +105,17 @@ def by_prompt(values: Sequence[float], prompts: Sequence[str]) -> dict[str, list
 
 def predicted(predict: Callable[[Cell], np.ndarray | None]) -> Column:
     """Calibration of predicted scores in place of the model's. `predict`: of a cell (N, 5), NaN
-    where nothing is predicted, or None."""
+    where nothing is predicted, or one vector (5,) for all, or None."""
 
     def values(c: Cell) -> Values:
         scores = predict(c) if c.valid else None
         if scores is None:
             return [], []
+        scores = np.broadcast_to(np.asarray(scores, float), c.j.shape)
         known = ~np.isnan(scores).any(1)
         return calibrations(scores[known], c.j[known], c.gamma), c.prompts[known]
 
     return mean(values)
-
-
-def best_constant(c: Cell) -> Values:
-    """Calibration of the score vector that is best on these very answers."""
-    if not c.valid:
-        return [], []
-    return calibrations(metrics.best_constant(c.j.tolist(), c.gamma), c.j, c.gamma), c.prompts
 
 
 def recalibrated(c: Cell, base: str, fit: Callable) -> np.ndarray | None:
@@ -148,32 +135,29 @@ def surface(c: Cell) -> np.ndarray | None:
 
 def references(c: Cell) -> np.ndarray:
     """The mean human label of the prompt's reference responses."""
-    return np.array([
-        controls.digits(np.mean(c.references[prompt], axis=0)) if prompt in c.references
-        else [np.nan] * 5
-        for prompt in c.prompts
-    ])  # fmt: skip
+    means = {p: controls.digits(np.mean(labels, axis=0)) for p, labels in c.references.items()}
+    return np.array([means.get(prompt, [np.nan] * 5) for prompt in c.prompts])
+
+
+def repeats(c: Cell) -> dict[Key, list[float]]:
+    """By answer: calibration of the judge's repeats against each other."""
+    return {
+        key: metrics.leave_one_out_calibration(draws, c.gamma)
+        for key, draws in c.draws.items()
+        if len(draws) > 1
+    }
 
 
 def ceiling(c: Cell) -> Values:
-    """Calibration of the judge's repeats against each other."""
-    values = [
-        (value, prompt)
-        for (prompt, _), draws in c.draws.items()
-        if len(draws) > 1
-        for value in metrics.leave_one_out_calibration(draws, c.gamma)
-    ]
-    return [value for value, _ in values], [prompt for _, prompt in values]
+    pairs = [(value, prompt) for (prompt, _), values in repeats(c).items() for value in values]
+    return [value for value, _ in pairs], [prompt for _, prompt in pairs]
 
 
 def skill(c: Cell) -> tuple[Callable, Sequence]:
     """On the answers that were judged repeatedly."""
-    repeats = [
-        metrics.leave_one_out_calibration(draws, c.gamma) if len(draws) > 1 else []
-        for draws in (c.draws.get(key, []) for key in c.keys)
-    ]
-    counts = np.array([len(values) for values in repeats], int)
-    sums = np.array([sum(values) for values in repeats], float)
+    by_answer = repeats(c)
+    values = [by_answer.get(key, []) for key in c.keys]
+    counts, sums = np.array(list(map(len, values)), int), np.array(list(map(sum, values)), float)
     constant, _ = window_constant(c)
 
     def figure(indices: np.ndarray) -> float | None:
@@ -190,9 +174,9 @@ def predictors(results: Results) -> Table:
     base = results.base
     columns = {
         "its scores": mean(calibration),
-        "most probable": mean(lambda c: calibration_by(c, c.model)),
+        "most probable": mean(lambda c: calibration(c.rescored(c.model))),
         "window constant": mean(window_constant),
-        "test constant": mean(best_constant),
+        "test constant": predicted(lambda c: metrics.best_constant(c.j.tolist(), c.gamma)),
         "shuffled": statistic(lambda c: (c.shuffled.across, range(len(c.shuffled.sums)))),
         "within": ratio(lambda c: (np.diag(c.shuffled.sums), np.diag(c.shuffled.counts))),
         "offset": predicted(lambda c: recalibrated(c, base, controls.offset)),
@@ -219,14 +203,16 @@ def predictors(results: Results) -> Table:
 
 def answers_by_scorers(results: Results) -> Table:
     """Calibration of every model's scores for every model's answers."""
-    columns = {f"scored by {m}": mean(lambda c, m=m: calibration_by(c, m)) for m in results.models}
+    columns = {
+        f"scored by {m}": mean(lambda c, m=m: calibration(c.rescored(m))) for m in results.models
+    }
     return Table.of(
         "Answers by one model, scores by another: calibration",
         "Each scorer's most probable digits, one after the other, after stored answers. A gain is "
         f"self-evaluation as far as {results.base}'s answers show it too; a gain that they do not "
         "show came from the answers.",
         [
-            {"benchmark": b, "answers by": m} | figures(columns, cells)
+            {"benchmark": b, "answers by": m} | measure(columns, cells)
             for b, m, cells in results.each()
             if any(cells[0].digits.values())
         ],

@@ -11,8 +11,8 @@ import numpy as np
 
 from evaluation.intervals import Interval
 from evaluation.paper_tables import calibration, quality
-from evaluation.results import Cell, Results
-from evaluation.table import Values, mean
+from evaluation.results import Cell
+from evaluation.table import Results, Values, mean
 from prompts import ATTRIBUTES
 from storage.run_folder import RunFolder, metrics_until
 
@@ -65,7 +65,8 @@ def costs_of_models(results: Results) -> dict[str, dict[str, Costs]]:
     table = {}
     for run, models in runs.items():
         by_cost = sorted((cost, models[path]) for path, cost in costs(list(models)).items())
-        table[run.name] = {model: cost for cost, model in by_cost}
+        if by_cost:
+            table[run.name] = {model: cost for cost, model in by_cost}
     return table
 
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from evaluation import intervals, metrics
-from evaluation.controls import calibrations, qualities
-from evaluation.results import Cell, Results, key_of
-from evaluation.table import Column, Table, Values, figures, mean, rows, statistic
+from evaluation.results import Cell
+from evaluation.table import Column, Results, Table, Values, mean, measure, rows, statistic
 from prompts import ATTRIBUTES
 from storage.run_folder import file_name
 
@@ -117,26 +116,16 @@ def held_out_judges(results: Results) -> Table:
     """The same answers by other judges."""
 
     def columns(judge: str) -> dict[str, Column]:
-        def scored(c: Cell) -> tuple[list[int], np.ndarray]:
-            """(indices of the answers that this judge scored, (n, 5) its scores)."""
-            indices, scores = c.match({key_of(x): x["scores"] for x in c.judged.get(judge, [])})
-            return indices, np.array(scores, int).reshape(-1, 5)
-
-        def quality(c: Cell) -> Values:
-            indices, j = scored(c)
-            return qualities(j), c.prompts[indices]
-
-        def calibration(c: Cell) -> Values:
-            indices, j = scored(c)
-            return calibrations(c.s[indices], j, c.gamma), c.prompts[indices]
-
-        return {"quality": mean(quality), "calibration": mean(calibration)}
+        return {
+            "quality": mean(lambda c: quality(c.rejudged(judge))),
+            "calibration": mean(lambda c: calibration(c.rejudged(judge))),
+        }
 
     return Table.of(
         "Table 3: held-out judges",
         f"The same answers; {results.judge} is the judge of the other tables.",
         [
-            {"benchmark": b, "judge": judge, "model": m} | figures(columns(judge), cells)
+            {"benchmark": b, "judge": judge, "model": m} | measure(columns(judge), cells)
             for b, m, cells in results.each()
             for judge, lines in sorted(cells[0].judged.items())
             if lines and judge != file_name(results.judge)

@@ -5,9 +5,8 @@ Evaluation   one folder results/NAME: a cell for each benchmark and model
 Results      what a table shows: one evaluation, or several that differ in their seed alone
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -163,6 +162,22 @@ class Cell:
         lines = self.digits.get(scorer, {})
         return {key: line["scores"] for key, line in lines.items() if line["scores"]}
 
+    def rejudged(self, judge: str) -> "Cell":
+        """The well-formed answers with another judge's scores; those without are left out."""
+        lines = self.judged.get(judge, [])
+        indices, scores = self.match({key_of(line): tuple(line["scores"]) for line in lines})
+        answers = [self.valid[i] for i in indices]
+        changed = [replace(r, judge_scores=j) for r, j in zip(answers, scores, strict=True)]
+        return replace(self, rollouts=changed)
+
+    def rescored(self, scorer: str) -> "Cell":
+        """The well-formed answers with a scorer's most probable digits as self-scores; those
+        without are left out."""
+        indices, scores = self.match(self.scores_by(scorer))
+        answers = [self.valid[i] for i in indices]
+        changed = [replace(r, self_scores=s) for r, s in zip(answers, scores, strict=True)]
+        return replace(self, rollouts=changed)
+
     def log_probabilities(self, before: str) -> tuple[list[int], np.ndarray]:
         """(n indices of answers, (n, 5, 10) the model's log-probabilities of the ten digits at each
         score position), of the answers whose own block could be read. `before`: whose digits stand
@@ -280,80 +295,3 @@ def read_newest(path: Path) -> list[dict]:
     """A file's lines about the newest weights; [] if there is no file."""
     lines = [row for _, _, row in read_lines(path)] if path.exists() else []
     return [row for row in lines if row["version"] == lines[-1]["version"]]
-
-
-# --------------------------------------------------------------------------------------------------
-# What a table shows
-
-
-def settings(cell: Cell) -> dict:
-    """What the figures in one table must share."""
-    names = ("judge", "template", "few_shot", "samples", "limit", "prompt_tokens", "dtype",
-             "use_references", "drop_duplicates")  # fmt: skip
-    return {k: cell.config[k] for k in names} | {"gamma": cell.gamma} | cell.config["sampling"]
-
-
-class Results:
-    """One or more evaluations of the same models on the same benchmarks under the same settings.
-    Several are runs with other seeds."""
-
-    def __init__(self, evaluations: Sequence[Evaluation], models: Sequence[str] = ()):
-        """`models`: which of them, in this order, the base first; (): all. Raises ValueError if the
-        evaluations do not have the same cells or settings."""
-        self.evaluations = list(evaluations)
-        first, *others = self.evaluations
-        for e in others:
-            if e.cells.keys() != first.cells.keys():
-                raise ValueError(
-                    f"{e.folder} and {first.folder} hold other models or benchmarks: "
-                    f"{sorted(e.cells.keys() ^ first.cells.keys())}; give evaluations of the same "
-                    "ones"
-                )
-        self.benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in first.cells))
-        on_file = list(dict.fromkeys(model for _, model in first.cells))
-        if unknown := set(models) - set(on_file):
-            raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(on_file)}")
-        self.models = list(models) or on_file
-        self.base = self.models[0]
-        for b in self.benchmarks:
-            for m in self.models:
-                if (b, m) not in self:
-                    raise ValueError(
-                        f"{first.folder}: no answers of model {m} to {b}; finish evaluate.py, or "
-                        "choose models with --models"
-                    )
-        cells = [cell for e in self.evaluations for cell in e.cells.values()]
-        self.settings = settings(cells[0])
-        for name, value in self.settings.items():
-            if any(settings(cell)[name] != value for cell in cells):
-                raise ValueError(
-                    f"the results differ in {name}, and such are not mixed; give evaluations of "
-                    "one setting, and those of others with --beside"
-                )
-        self.judge = self.settings["judge"]
-        paper = {"template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0,
-                 "use_references": True, "drop_duplicates": False}  # fmt: skip
-        self.papers_setting = bool(
-            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge)
-        ) and all(self.settings[name] == value for name, value in paper.items())
-
-    def cells(self, benchmark: str, model: str) -> list[Cell]:
-        """One for each evaluation."""
-        return [e.cells[benchmark, model] for e in self.evaluations]
-
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        """Whether there are answers to a benchmark by a model: (benchmark, model)."""
-        return key in self.evaluations[0].cells
-
-    def each(self) -> Iterator[tuple[str, str, list[Cell]]]:
-        """(benchmark, model, their cells), the rows of most tables."""
-        return ((b, m, self.cells(b, m)) for b in self.benchmarks for m in self.models)
-
-
-def by_settings(evaluations: Sequence[Evaluation]) -> list[Results]:
-    """Evaluations with the same settings together, as runs with other seeds."""
-    groups: dict[str, list[Evaluation]] = {}
-    for e in evaluations:
-        key = repr(settings(next(iter(e.cells.values()))))
-        groups.setdefault(key, []).append(e)
-    return [Results(group) for group in groups.values()]

@@ -1,4 +1,4 @@
-"""What all tables share: the Table, and how a column's figure comes from cells.
+"""What all tables share: the Results that a table is about, its columns, and the Table itself.
 
 A table is declared as a mapping {header: Column}. A Column is a function of the cells of one
 benchmark and model, one cell for each evaluation, and gives the figure of one row: an Interval, a
@@ -8,7 +8,7 @@ evaluations where there are several (intervals.py).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +16,89 @@ import pandas as pd
 
 from evaluation import intervals
 from evaluation.intervals import Interval
-from evaluation.results import Cell, Results
+from evaluation.results import Cell, Evaluation
 
 Figure = Interval | float | int | str | None
 Column = Callable[[list[Cell]], Figure]
 Values = tuple[Sequence[float], Sequence]  # one number per response, and its prompt's id
 PAPER = " (paper)"  # a column NAME (paper) holds the paper's figures beside those of NAME
+
+
+# --------------------------------------------------------------------------------------------------
+# What a table is about
+
+
+def settings(cell: Cell) -> dict:
+    """What the figures in one table must share."""
+    names = ("judge", "template", "few_shot", "samples", "limit", "prompt_tokens", "dtype",
+             "use_references", "drop_duplicates")  # fmt: skip
+    return {k: cell.config[k] for k in names} | {"gamma": cell.gamma} | cell.config["sampling"]
+
+
+class Results:
+    """One or more evaluations of the same models on the same benchmarks under the same settings.
+    Several are runs with other seeds."""
+
+    def __init__(self, evaluations: Sequence[Evaluation], models: Sequence[str] = ()):
+        """`models`: which of them, in this order, the base first; (): all. Raises ValueError if the
+        evaluations do not have the same cells or settings."""
+        self.evaluations = list(evaluations)
+        first, *others = self.evaluations
+        for e in others:
+            if e.cells.keys() != first.cells.keys():
+                raise ValueError(
+                    f"{e.folder} and {first.folder} hold other models or benchmarks: "
+                    f"{sorted(e.cells.keys() ^ first.cells.keys())}; give evaluations of the same "
+                    "ones"
+                )
+        self.benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in first.cells))
+        on_file = list(dict.fromkeys(model for _, model in first.cells))
+        if unknown := set(models) - set(on_file):
+            raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(on_file)}")
+        self.models = list(models) or on_file
+        self.base = self.models[0]
+        for b in self.benchmarks:
+            for m in self.models:
+                if (b, m) not in self:
+                    raise ValueError(
+                        f"{first.folder}: no answers of model {m} to {b}; finish evaluate.py, or "
+                        "choose models with --models"
+                    )
+        cells = [cell for e in self.evaluations for cell in e.cells.values()]
+        self.settings = settings(cells[0])
+        for name, value in self.settings.items():
+            if any(settings(cell)[name] != value for cell in cells):
+                raise ValueError(
+                    f"the results differ in {name}, and such are not mixed; give evaluations of "
+                    "one setting, and those of others with --beside"
+                )
+        self.judge = self.settings["judge"]
+        paper = {"template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0,
+                 "use_references": True, "drop_duplicates": False}  # fmt: skip
+        self.papers_setting = bool(
+            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge)
+        ) and all(self.settings[name] == value for name, value in paper.items())
+
+    def cells(self, benchmark: str, model: str) -> list[Cell]:
+        """One for each evaluation."""
+        return [e.cells[benchmark, model] for e in self.evaluations]
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether there are answers to a benchmark by a model: (benchmark, model)."""
+        return key in self.evaluations[0].cells
+
+    def each(self) -> Iterator[tuple[str, str, list[Cell]]]:
+        """(benchmark, model, their cells), the rows of most tables."""
+        return ((b, m, self.cells(b, m)) for b in self.benchmarks for m in self.models)
+
+
+def by_settings(evaluations: Sequence[Evaluation]) -> list[Results]:
+    """Evaluations with the same settings together, as runs with other seeds."""
+    groups: dict[str, list[Evaluation]] = {}
+    for e in evaluations:
+        key = repr(settings(next(iter(e.cells.values()))))
+        groups.setdefault(key, []).append(e)
+    return [Results(group) for group in groups.values()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -48,7 +125,7 @@ ratio = partial(_column, intervals.ratio)
 statistic = partial(_column, intervals.of_statistic)
 
 
-def figures(columns: Mapping[str, Column], cells: list[Cell]) -> dict[str, Figure]:
+def measure(columns: Mapping[str, Column], cells: list[Cell]) -> dict[str, Figure]:
     """The figures of one row, by header."""
     return {header: column(cells) for header, column in columns.items()}
 
@@ -65,7 +142,7 @@ def rows(
     table = []
     for benchmark, model, cells in results.each():
         if keep(cells[0]):
-            row = {"benchmark": benchmark, "model": model} | figures(columns, cells)
+            row = {"benchmark": benchmark, "model": model} | measure(columns, cells)
             for header in dict.fromkeys(header for _, _, header in published):
                 row[header + PAPER] = published.get((benchmark, model, header))
             table.append(row)

@@ -11,8 +11,8 @@ from evaluation import controls
 from evaluation.controls import Use, qualities
 from evaluation.metrics import correlation
 from evaluation.paper_tables import MAIN
-from evaluation.results import Cell, Results
-from evaluation.table import Column, Table, Values, figures, mean, rows, statistic
+from evaluation.results import Cell
+from evaluation.table import Column, Results, Table, Values, mean, measure, rows, statistic
 from prompts import ATTRIBUTES, EXAMPLES, FEW_SHOT
 
 SHARE = 0.25  # of the answers goes to the stronger model
@@ -92,7 +92,7 @@ def errors(results: Results) -> Table:
         "squared difference of the standard deviations. Rest: scores in the wrong order. Bias, "
         "spread and rest add up to the mean squared error. Correlation: Pearson's.",
         [
-            {"benchmark": b, "model": m, "attribute": attribute} | figures(columns(a), cells)
+            {"benchmark": b, "model": m, "attribute": attribute} | measure(columns(a), cells)
             for b, m, cells in results.each()
             if cells[0].valid
             for a, attribute in enumerate(ATTRIBUTES)
@@ -182,7 +182,7 @@ def uses(results: Results) -> Table:
         "a stronger model's, from a file.",
         [
             {"benchmark": b, "model": m, "use": use}
-            | figures({header: column(field) for header, field in headers.items()}, cells)
+            | measure({header: column(field) for header, field in headers.items()}, cells)
             for b, m, cells in results.each()
             if cells[0].valid
             for use, (column, possible) in uses.items()
