@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from evaluation import controls, intervals, metrics
-from evaluation.controls import calibrations
+from evaluation.controls import Ordering, calibrations
 from evaluation.intervals import NOTHING, Difference
 from evaluation.paper_tables import calibration, preferences, quality
 from evaluation.results import Cell, Key
@@ -29,8 +29,8 @@ def compared(results: Results, model: str) -> dict[str, tuple[Side, Side]]:
     pairs: dict[str, tuple[Side, Side]] = {
         PRIMARY: (calibration, window_constant),
         "pairs of a prompt ordered right - half": (
-            lambda c: ordered(c, [o.right for o in c.within]),
-            lambda c: ordered(c, [o.pairs / 2 for o in c.within]),
+            lambda c: orderings(c, lambda o: o.right),
+            lambda c: orderings(c, lambda o: o.pairs / 2),
         ),
     }
     for other in results.models[: results.models.index(model)]:
@@ -53,11 +53,11 @@ def by_model(model: str, values: Side) -> Side:
     return lambda c: values(c.of(model))
 
 
-def ordered(c: Cell, values: Sequence[float]) -> Values:
-    """One value per prompt, of the prompts with answers that the judge tells apart."""
-    prompts = dict.fromkeys(c.prompts)
-    kept = [(v, p) for v, p, o in zip(values, prompts, c.within, strict=True) if o.pairs]
-    return [v for v, _ in kept], [p for _, p in kept]
+def orderings(c: Cell, value: Callable[[Ordering], float]) -> Values:
+    """One value for each prompt with answers that the judge tells apart."""
+    by_prompt = dict(zip(dict.fromkeys(c.prompts), c.within, strict=True))
+    compared = {prompt: value(o) for prompt, o in by_prompt.items() if o.pairs}
+    return list(compared.values()), list(compared)
 
 
 def comparisons(results: Results) -> Table:
@@ -112,8 +112,8 @@ def predicted(predict: Callable[[Cell], np.ndarray | None]) -> Column:
         if scores is None:
             return [], []
         scores = np.broadcast_to(np.asarray(scores, float), c.j.shape)
-        known = ~np.isnan(scores).any(1)
-        return calibrations(scores[known], c.j[known], c.gamma), c.prompts[known]
+        some = ~np.isnan(scores).any(1)
+        return calibrations(scores[some], c.j[some], c.gamma), c.prompts[some]
 
     return mean(values)
 
@@ -223,8 +223,8 @@ def discrimination(results: Results) -> Table:
     """Does the model tell answers to the same prompt apart, or only prompts?"""
 
     def taus(c: Cell) -> Values:
-        known = [o.tau for o in c.within if o.tau is not None]
-        return known, range(len(known))
+        values = [o.tau for o in c.within if o.tau is not None]
+        return values, range(len(values))
 
     def between(name: str) -> Column:
         """A field of the ordering of the prompts' means."""
@@ -276,8 +276,8 @@ def choice_of_responses(results: Results) -> Table:
         return calibrations(s, j, c.gamma), [prompt for prompt, _ in keys]
 
     def answers_read(cells: list[Cell]) -> str:
-        read = sum(len(forced_block(cell)[0]) for cell in cells)
-        return f"{read:,} of {sum(len(cell.rollouts) for cell in cells):,}"
+        n = sum(len(forced_block(cell)[0]) for cell in cells)
+        return f"{n:,} of {sum(len(cell.rollouts) for cell in cells):,}"
 
     columns = {
         "well-formed": mean(calibration),

@@ -324,10 +324,8 @@ def risk_coverage(confidence: Sequence[float], loss: Sequence[float]) -> np.ndar
 def _level_means(levels: np.ndarray, values: np.ndarray) -> np.ndarray:
     """(N,): each value replaced by the mean of those on its level, which is what a random order
     among equals gives on average."""
-    means = np.empty(len(values))
-    for level in np.unique(levels):
-        means[levels == level] = values[levels == level].mean()
-    return means
+    _, level = np.unique(levels, return_inverse=True)
+    return (np.bincount(level, values) / np.bincount(level))[level]
 
 
 def selective_answering(own: Sequence[float], judge: Sequence[float]) -> Use:

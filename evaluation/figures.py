@@ -32,6 +32,9 @@ class Costs(NamedTuple):
     unique_prompts: int
 
 
+COSTS = ("sample-passes", "judge calls", "optimiser steps", "unique prompts")
+
+
 def costs(checkpoints: Sequence[Path]) -> dict[Path, Costs]:
     """What these checkpoints of one run had cost; {} if its metrics are not on file."""
     run = RunFolder(checkpoints[0].parent.parent)
@@ -90,7 +93,7 @@ def figure_2(results: Results, path: Path) -> bool:
             points = [column(results.cells(benchmark, model)) for model in by_model]
             for k, axis in enumerate(row):
                 _line(axis, [cost[k] for cost in by_model.values()], points, run)
-                axis.set_xlabel(Costs._fields[k].replace("_", " "))
+                axis.set_xlabel(COSTS[k])
     axes[0][0].legend()
     return _save(fig, path)
 
@@ -153,7 +156,7 @@ def training(runs: Sequence[Path], path: Path) -> bool:
             axis.plot(*zip(*points, strict=True), label=run)
         for end in list(ends.values())[:-1]:
             axis.axvline(end, color="gray", linewidth=0.4)
-        axis.set_xlabel("sample passes")
+        axis.set_xlabel("sample-passes")
         axis.set_ylabel(name.replace("_", " "))
     axes[0].legend()
     return _save(fig, path)

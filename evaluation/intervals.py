@@ -127,7 +127,8 @@ def over_seeds(figures: Sequence[float]) -> Interval:
     if n < 2:
         return Interval(float(values[0]), None, None, 1) if n else NOTHING
     half = t.ppf((1 + LEVEL) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
-    return Interval(float(values.mean()), values.mean() - half, values.mean() + half, n)
+    mean = values.mean()
+    return Interval(float(mean), float(mean - half), float(mean + half), n)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
     rollouts = sorted(folder.answers(), key=lambda r: (r.prompt_id, r.sample))
     ids = {(r.prompt_id, r.sample): answer_id(r) for r in rollouts}
 
-    def read(path: Path) -> list[dict]:
+    def lines(path: Path) -> list[dict]:
         """The lines that are about these answers."""
         return [x for x in read_newest(path) if ids.get(key_of(x)) == x["answer_id"]]
 
@@ -272,13 +272,13 @@ def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
         model=model,
         config=folder.config(),
         rollouts=rollouts,
-        judged={judge: read(path) for judge, path in folder.scores_files().items()},
+        judged={judge: lines(path) for judge, path in folder.scores_files().items()},
         digits={
-            scorer: {key_of(x): x for x in read(path)}
+            scorer: {key_of(x): x for x in lines(path)}
             for scorer, path in folder.digits_files().items()
         },
-        sensitivity=read(folder.sensitivity_file),
-        preferences=read(folder.preferences_file),
+        sensitivity=lines(folder.sensitivity_file),
+        preferences=lines(folder.preferences_file),
         summary=folder.summary(),
     )
 

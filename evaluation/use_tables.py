@@ -197,8 +197,8 @@ def other_settings(results: Results, others: Sequence[Results]) -> Table:
     columns = {}
     for group in (results, *others):
         header = ", ".join(f"{name} {group.settings[name]}" for name in differ)
-        if header in columns:  # the same settings again
-            header += f" {group.evaluations[0].folder}"
+        if not header or header in columns:  # the same settings again
+            header = f"{header} {group.evaluations[0].folder}".strip()
         columns[header] = group
     metrics = MAIN | {"copied": mean(copied)}
     return Table.of(

@@ -377,6 +377,8 @@ def test_settings_stand_side_by_side(made):
     assert begins(row["temperature 0.8"], 0.75) and begins(row["temperature 0.0"], 0.25)
     assert all(r["temperature 0.0"] == "-" for r in rows if r["model"] == "see")
     assert "The same models under other settings" not in tables(made.root / "x")
+    again = tables(made.root / "x", beside=[made.root / "x"])  # the same settings: by folder
+    assert list(again["The same models under other settings"][0])[3:] == [str(made.root / "x")]
 
 
 def test_a_table_as_text_markdown_and_csv():
