@@ -34,7 +34,8 @@ from backend.sampler import choose_sampler, make_sampler
 from config import EVALUATION_MAY_CHANGE, RENAMED, CellConfig, EvaluationConfig
 from evaluation import stages
 from evaluation.digits import Reader
-from evaluation.metrics import Estimate, render, summarise
+from evaluation.intervals import Interval
+from evaluation.metrics import render, summarise
 from judge import check_judge, make_judge
 from judging.client import Background, JudgeError
 from plan import Inputs, read_inputs
@@ -152,7 +153,7 @@ def hand_over(sampler, cell: CellConfig, inputs: Inputs) -> None:
         sampler.load_weights(policy, version)
 
 
-def answer_prompts(cell: CellConfig, inputs: Inputs, sampler) -> dict[str, Estimate]:
+def answer_prompts(cell: CellConfig, inputs: Inputs, sampler) -> dict[str, Interval]:
     """Sample, judge and summarise; every rank returns the figures, rank 0 writes summary.json.
     Raises JudgeError."""
     folder, prompts = cell.folder, inputs.prompts
@@ -204,7 +205,7 @@ def answer_prompts(cell: CellConfig, inputs: Inputs, sampler) -> dict[str, Estim
         shown = sum(bool(p.references) for p in prompts) if cell.use_references else 0
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
         summary["near_duplicates"] = inputs.near_duplicates  # before --limit
-        summary["metrics"] = {name: estimate._asdict() for name, estimate in table.items()}
+        summary["metrics"] = {name: interval._asdict() for name, interval in table.items()}
         write_text(folder.summary_file, json.dumps(summary, indent=2))
     return table
 

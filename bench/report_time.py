@@ -17,10 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from buffer import Rollout  # noqa: E402
 from config import CellConfig  # noqa: E402
 from prompts import render_response  # noqa: E402
-from storage.record import answer_id  # noqa: E402
+from storage.record import Rollout, answer_id  # noqa: E402
 
 PROMPTS, MODELS = 805, ("base", "see")
 

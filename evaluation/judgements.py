@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import tyro
 
 from evaluation import metrics
+from evaluation.intervals import Interval
 from judge import ask_all, make_judge, messages, parse_scores, prefer
 from judging.client import Background, JudgeError
 from judging.endpoint import ClientConfig, Endpoint
@@ -50,7 +51,7 @@ class Source:
     rollouts: list[Rollout]
     attempts: list[dict]  # lines of judge_cache.jsonl
 
-    def table(self) -> dict[str, metrics.Estimate]:
+    def table(self) -> dict[str, Interval]:
         rows = [(r.prompt_id, r.self_scores, r.judge_scores) for r in self.rollouts]
         return metrics.summarise(rows, self.config["reward"]["gamma"])
 

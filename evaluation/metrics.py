@@ -8,47 +8,26 @@ good without it.
 are a malformed response."""
 
 import math
-import statistics
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
-from statistics import median_low
+from statistics import fmean, median_low
 from typing import NamedTuple
 
+import numpy as np
+
 import reward
+from evaluation.intervals import Interval, over_prompts
 from prompts import ATTRIBUTES, Scores
 
 Row = tuple[str, Scores | None, Scores | None]
 
 
-class Estimate(NamedTuple):
-    mean: float | None  # None where nothing was measured
-    se: float | None  # standard error; None with fewer than two prompts
-    n: int  # responses
+def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> dict[str, Interval]:
+    """well_formed over all responses; over the well-formed ones quality, calibration, mae,
+    mae/<attribute>, and calibration/constant, what one score vector for all responses reaches.
 
-
-def clustered_mean(values: Sequence[float], prompt_ids: Sequence[str]) -> Estimate:
-    """Mean over responses, with a standard error that treats the responses to one prompt as
-    dependent.
-
-    With P prompts and residual sums u_p = sum of (value - mean) over prompt p:
-    se = sqrt(P / (P - 1) * sum_p u_p^2) / n.
-    """
-    n = len(values)
-    if n == 0:
-        return Estimate(None, None, 0)
-    mean = math.fsum(values) / n
-    residual: dict[str, float] = defaultdict(float)
-    for value, prompt in zip(values, prompt_ids, strict=True):
-        residual[prompt] += value - mean
-    p = len(residual)
-    se = math.sqrt(p / (p - 1) * math.fsum(u * u for u in residual.values())) / n if p > 1 else None
-    return Estimate(mean, se, n)
-
-
-def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> dict[str, Estimate]:
-    """well_formed over all responses, the rest over the well-formed: quality, calibration, mae,
-    mae/<attribute>, and calibration/constant, what one vector for all responses would reach.
+    Intervals are over prompts, and n counts prompts. Only well_formed's n counts responses: its
+    product with the rate is the number of responses in the other figures.
 
     Raises ValueError if a well-formed response has no judge scores.
     """
@@ -57,15 +36,16 @@ def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> 
         raise ValueError("a well-formed response has no judge scores")
     prompts = [prompt for prompt, _, _ in valid]
 
-    def over_valid(f) -> Estimate:
-        return clustered_mean([f(s, j) for _, s, j in valid], prompts)
+    def over_valid(figure: Callable[[Scores, Scores], float]) -> Interval:
+        return over_prompts([figure(s, j) for _, s, j in valid], prompts)
 
+    well_formed = over_prompts(
+        [s is not None for _, s, _ in rows], [prompt for prompt, _, _ in rows]
+    )
     # A predictor that knows nothing of the response: the judge's median on these same responses.
     constant = [median_low(scores) for scores in zip(*(j for _, _, j in valid), strict=True)]
     table = {
-        "well_formed": clustered_mean(
-            [float(s is not None) for _, s, _ in rows], [prompt for prompt, _, _ in rows]
-        ),
+        "well_formed": well_formed._replace(n=len(rows)),
         "quality": over_valid(lambda s, j: reward.quality(j)),
         "calibration": over_valid(lambda s, j: reward.calibration(s, j, gamma)),
         "calibration/constant": over_valid(lambda s, j: reward.calibration(constant, j, gamma)),
@@ -76,14 +56,13 @@ def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> 
     return table
 
 
-def render(table: dict[str, Estimate]) -> str:
-    """A line per metric: mean, standard error, n."""
-
-    def line(name: str, e: Estimate) -> str:
-        mean, se = ("-" if x is None else f"{x:.4f}" for x in (e.mean, e.se))
-        return f"{name:<22} {mean:>8} ± {se:<7} n = {e.n}"
-
-    return "\n".join(line(name, estimate) for name, estimate in table.items())
+def render(table: dict[str, Interval]) -> str:
+    """A line per figure: mean, interval, and how many prompts or responses it rests on."""
+    units = {"well_formed": "responses"}
+    return "\n".join(
+        f"{name:<22}   {x.text(decimals=4):<25} n = {x.n} {units.get(name, 'prompts')}"
+        for name, x in table.items()
+    )
 
 
 def best_constant(judge: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -> Scores:
@@ -116,23 +95,28 @@ def shuffled_calibration(
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Pearson's; None where one of the two does not vary."""
-    if len(set(x)) < 2 or len(set(y)) < 2:
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if not len(x) or (x == x[0]).all() or (y == y[0]).all():
         return None
-    return statistics.correlation(x, y)
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
-def top_k_accuracy(
-    logp: Sequence[Sequence[Sequence[float]]], judge: Sequence[Scores], k: int = 5
-) -> float | None:
-    """Share of the judge's digits that are among the k most probable of the ten digit tokens (Sec.
-    4.5); of equal ones the smaller digit goes first. logp: per response five rows of ten
-    log-probabilities."""
-    hits = [
-        sum((p, -other) > (row[digit], -digit) for other, p in enumerate(row)) < k
-        for rows, scores in zip(logp, judge, strict=True)
-        for row, digit in zip(rows, scores, strict=True)
-    ]
-    return sum(hits) / len(hits) if hits else None
+def top_k_hits(logp: np.ndarray, judge: np.ndarray, k: int = 5) -> np.ndarray:
+    """(N, 5, 10) log-probabilities of the ten digits, (N, 5) the judge's digits -> (N, 5): whether
+    the judge's digit is among the k most probable (Sec. 4.5). Of equally probable digits the
+    smaller one comes first."""
+    logp = np.asarray(logp, float).reshape(-1, 5, 10)
+    digit = np.asarray(judge, int).reshape(-1, 5, 1)
+    own = np.take_along_axis(logp, digit, axis=-1)
+    before = (logp > own) | ((logp == own) & (np.arange(10) < digit))
+    return before.sum(-1) < k
+
+
+def top_k_accuracy(logp: np.ndarray, judge: np.ndarray, k: int = 5) -> float | None:
+    """Mean of `top_k_hits`; None without responses."""
+    hits = top_k_hits(logp, judge, k)
+    return float(hits.mean()) if hits.size else None
 
 
 def frequent_digits(judge: Sequence[Scores], k: int = 5) -> list[list[int]]:
@@ -154,21 +138,21 @@ def share_among(digits: Sequence[Sequence[int]], scores: Scores) -> float:
 
 
 class Agreement(NamedTuple):
-    exact: Estimate  # share of equal scores
-    within_1: Estimate
-    mae: Estimate  # points of 0-9
+    exact: Interval  # share of equal scores
+    within_1: Interval
+    mae: Interval  # points of 0-9
 
 
 def agreement(pairs: Sequence[tuple[str, Scores, Scores]]) -> dict[str, Agreement]:
-    """By attribute, of (prompt_id, one's scores, the other's) per answer."""
+    """By attribute. pairs: (prompt id, one judge's scores, the other's) per answer."""
     prompts = [prompt for prompt, _, _ in pairs]
     table = {}
     for a, name in enumerate(ATTRIBUTES):
-        apart = [abs(x[a] - y[a]) for _, x, y in pairs]
+        errors = np.array([abs(x[a] - y[a]) for _, x, y in pairs])
         table[name] = Agreement(
-            clustered_mean([float(d == 0) for d in apart], prompts),
-            clustered_mean([float(d <= 1) for d in apart], prompts),
-            clustered_mean(apart, prompts),
+            over_prompts(errors == 0, prompts),
+            over_prompts(errors <= 1, prompts),
+            over_prompts(errors, prompts),
         )
     return table
 
@@ -176,67 +160,73 @@ def agreement(pairs: Sequence[tuple[str, Scores, Scores]]) -> dict[str, Agreemen
 def self_agreement(
     prompts: Sequence[str], draws: Sequence[Sequence[Scores]]
 ) -> dict[str, Agreement]:
-    """Of a judge's several scores for the same answer, over all pairs of them."""
+    """A judge's agreement with itself, over all pairs of its scores for the same answer. prompts,
+    draws: per answer its prompt's id and the judge's scores."""
     return agreement(
         [(p, x, y) for p, d in zip(prompts, draws, strict=True) for x, y in combinations(d, 2)]
     )
 
 
-def foretold(draws: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -> list[float]:
-    """The calibration of one who knows the judge, but not its next score: of k >= 2 scores for one
-    answer each is held out once and foretold by the (lower) medians of the others."""
-    found = []
-    for k, held_out in enumerate(draws):
-        rest = [d for i, d in enumerate(draws) if i != k]
-        medians = [median_low(scores) for scores in zip(*rest, strict=True)]
-        found.append(reward.calibration(medians, held_out, gamma))
-    return found
+def leave_one_out_calibration(
+    draws: Sequence[Scores], gamma: float = reward.RewardConfig.gamma
+) -> list[float]:
+    """What somebody reaches who knows the judge but not its next score. Of k >= 2 scores for one
+    answer each is left out once, and the (lower) medians of the others predict it."""
+    values = []
+    for k, left_out in enumerate(draws):
+        others = [*draws[:k], *draws[k + 1 :]]
+        medians = [median_low(scores) for scores in zip(*others, strict=True)]
+        values.append(reward.calibration(medians, left_out, gamma))
+    return values
 
 
 def ceiling(
     prompts: Sequence[str],
     draws: Sequence[Sequence[Scores]],
     gamma: float = reward.RewardConfig.gamma,
-) -> dict[str, Estimate]:
-    """`foretold` by the others' medians; beside it, what another single score and the best constant
-    reach."""
-    ids, others, one, fixed = [], [], [], []
-    constant = best_constant([d for row in draws for d in row], gamma)
+) -> dict[str, Interval]:
+    """How well a judge's scores can be predicted: by the median of its other scores for the same
+    answer, by another single score, and by the best constant. prompts, draws: per answer its
+    prompt's id and the judge's scores."""
+    ids, by_median, by_one, by_constant = [], [], [], []
+    constant = best_constant([scores for row in draws for scores in row], gamma)
     for prompt, row in zip(prompts, draws, strict=True):
-        others += foretold(row, gamma)
-        for k, held_out in enumerate(row):
-            rest = [d for i, d in enumerate(row) if i != k]
+        by_median += leave_one_out_calibration(row, gamma)
+        for k, left_out in enumerate(row):
+            others = [*row[:k], *row[k + 1 :]]
             ids.append(prompt)
-            one.append(statistics.fmean(reward.calibration(d, held_out, gamma) for d in rest))
-            fixed.append(reward.calibration(constant, held_out, gamma))
+            by_one.append(fmean(reward.calibration(other, left_out, gamma) for other in others))
+            by_constant.append(reward.calibration(constant, left_out, gamma))
     return {
-        "median of the others": clustered_mean(others, ids),
-        "another score": clustered_mean(one, ids),
-        "best constant": clustered_mean(fixed, ids),
+        "median of the others": over_prompts(by_median, ids),
+        "another score": over_prompts(by_one, ids),
+        "best constant": over_prompts(by_constant, ids),
     }
 
 
 def render_agreement(table: dict[str, Agreement]) -> str:
-    lines = [f"{'':<14} {'exact':>16} {'within 1':>16} {'MAE':>16}  n"]
+    """A line per attribute; n counts prompts."""
+    lines = [f"{'':<14} {'exact':>20} {'within 1':>20} {'MAE':>20}  n"]
     for name, row in table.items():
-        shown = [f"{e.mean:.3f} ± {'-' if e.se is None else format(e.se, '.3f')}" for e in row]
-        lines.append(f"{name:<14} " + " ".join(f"{x:>16}" for x in shown) + f"  {row.mae.n}")
+        cells = " ".join(f"{x.text():>20}" for x in row)
+        lines.append(f"{name:<14} {cells}  {row.mae.n}")
     return "\n".join(lines)
 
 
 def win_rate(
     prompts: Sequence[str], preferences: Sequence[tuple[int, int, int]]
-) -> dict[str, Estimate]:
-    """The response win-rate (Sec. 4.1): (wins + ties / 2) / n, and what the order of showing did.
+) -> dict[str, Interval]:
+    """The response win-rate (Sec. 4.1), (wins + ties / 2) / n, and what the order of showing did.
 
     preferences: (result, when shown first, when shown second) per pair of answers, each 1 for a
     win, -1 for a loss, 0 for a tie. order_bias: win-rate when shown first minus when shown second
     (0: the order does nothing). disagreement: share of pairs on which the two orders differ, which
     count as ties.
     """
+    result, first, second = np.array(preferences).reshape(-1, 3).T
     return {
-        "win-rate": clustered_mean([(r + 1) / 2 for r, _, _ in preferences], prompts),
-        "ties": clustered_mean([float(r == 0) for r, _, _ in preferences], prompts),
-        "order_bias": clustered_mean([(x - y) / 2 for _, x, y in preferences], prompts),
-        "disagreement": clustered_mean([float(x != y) for _, x, y in preferences], prompts),
+        "win-rate": over_prompts((result + 1) / 2, prompts),
+        "ties": over_prompts(result == 0, prompts),
+        "order_bias": over_prompts((first - second) / 2, prompts),
+        "disagreement": over_prompts(first != second, prompts),
     }

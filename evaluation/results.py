@@ -1,8 +1,15 @@
-"""What evaluate.py left on file, read for tables: one Cell per model and benchmark."""
+"""Reads what evaluate.py left on file.
 
-from dataclasses import dataclass, field
+Cell         one model's answers to one benchmark
+Evaluation   one folder results/NAME: a cell for each benchmark and model
+Results      what a table shows: one evaluation, or several that differ in their seed alone
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,6 +17,7 @@ from evaluation import metrics
 from evaluation.controls import (
     Ordering,
     Shuffled,
+    attribute_calibrations,
     calibrations,
     qualities,
     shuffled,
@@ -24,24 +32,33 @@ from storage.run_folder import CellFolder, EvaluationFolder, RunFolder, file_nam
 
 Key = tuple[str, int]  # prompt id, sample
 TRAINING = "training"  # stands for the benchmark where a run's own rollouts are shown
+T = TypeVar("T")
+
+# --------------------------------------------------------------------------------------------------
+# One model, one benchmark
 
 
 @dataclass
 class Cell:
-    """One model's answers to one benchmark, with all that was said of them."""
+    """One model's answers to one benchmark, and everything that was recorded about them.
+
+    N is the number of well-formed answers: only these enter the scores (Sec. 4.1).
+    """
 
     benchmark: str
     model: str
     config: dict
-    rollouts: list[Rollout]
+    rollouts: list[Rollout]  # malformed ones too
     judged: dict[str, list[dict]] = field(default_factory=dict)  # judge -> its further scores
     digits: dict[str, dict[Key, dict]] = field(default_factory=dict)  # scorer -> lines by answer
     sensitivity: list[dict] = field(default_factory=list)
     preferences: list[dict] = field(default_factory=list)
     summary: dict = field(default_factory=dict)
+    evaluation: "Evaluation | None" = field(default=None, repr=False)  # that it is a part of
 
     @cached_property
     def valid(self) -> list[Rollout]:
+        """The N well-formed answers."""
         return [r for r in self.rollouts if r.judge_scores is not None]
 
     @cached_property
@@ -49,16 +66,60 @@ class Cell:
         return [(r.prompt_id, r.sample) for r in self.valid]
 
     @cached_property
-    def prompts(self) -> list[str]:
-        return [r.prompt_id for r in self.valid]
+    def prompts(self) -> np.ndarray:
+        """(N,) prompt ids."""
+        return np.array([r.prompt_id for r in self.valid], object)
 
     @cached_property
     def s(self) -> np.ndarray:
-        return np.array([r.self_scores for r in self.valid]).reshape(-1, 5)
+        """(N, 5) the model's scores."""
+        return np.array([r.self_scores for r in self.valid], int).reshape(-1, 5)
 
     @cached_property
     def j(self) -> np.ndarray:
-        return np.array([r.judge_scores for r in self.valid]).reshape(-1, 5)
+        """(N, 5) the judge's scores."""
+        return np.array([r.judge_scores for r in self.valid], int).reshape(-1, 5)
+
+    @property
+    def gamma(self) -> float:
+        return self.config["reward"]["gamma"]
+
+    @cached_property
+    def calibration(self) -> np.ndarray:
+        """(N,)"""
+        return calibrations(self.s, self.j, self.gamma)
+
+    @cached_property
+    def attribute_calibration(self) -> np.ndarray:
+        """(N, 5) (1 - |s - j| / 9)^gamma of each attribute alone (Figure 3)."""
+        return attribute_calibrations(self.s, self.j, self.gamma)
+
+    @cached_property
+    def quality(self) -> np.ndarray:
+        """(N,) as the judge sees it."""
+        return qualities(self.j)
+
+    @cached_property
+    def own_quality(self) -> np.ndarray:
+        """(N,) as the model sees it."""
+        return qualities(self.s)
+
+    @cached_property
+    def shuffled(self) -> Shuffled:
+        return shuffled(self.s, self.j, self.prompts, self.gamma)
+
+    @cached_property
+    def within(self) -> list[Ordering]:
+        """Per prompt: how far the model orders its answers by quality as the judge does."""
+        return within_prompts(self.own_quality, self.quality, self.prompts)
+
+    @cached_property
+    def draws(self) -> dict[Key, list[Scores]]:
+        """Repeated judgements by the judge, by answer; malformed answers have one."""
+        draws: dict[Key, list[Scores]] = {}
+        for line in self.judged.get(file_name(self.config["judge"]), []):
+            draws.setdefault(key_of(line), []).append(tuple(line["scores"]))
+        return draws
 
     @cached_property
     def data(self) -> list[Prompt]:
@@ -79,29 +140,61 @@ class Cell:
         return {p.id: transcript(p.conversation) for p in self.data}
 
     @property
-    def gamma(self) -> float:
-        return self.config["reward"]["gamma"]
+    def window(self) -> "Window | None":
+        return self.evaluation.window
 
-    @cached_property
-    def calibration(self) -> np.ndarray:
-        return calibrations(self.s, self.j, self.gamma)
+    @property
+    def stronger(self) -> dict[str, Scores]:
+        """The judge's scores of a stronger model's answers, by prompt."""
+        return self.evaluation.stronger.get(self.benchmark, {})
 
-    @cached_property
-    def shuffled(self) -> Shuffled:
-        return shuffled(self.s, self.j, self.prompts, self.gamma)
+    def of(self, model: str) -> "Cell":
+        """Another model's answers to the same benchmark, in the same evaluation."""
+        return self.evaluation.cells[self.benchmark, model]
 
-    @cached_property
-    def within(self) -> list[Ordering]:
-        """How far the model orders each prompt's responses by quality as the judge does."""
-        return within_prompts(qualities(self.s), qualities(self.j), self.prompts)
+    def match(self, by_answer: Mapping[Key, T]) -> tuple[list[int], list[T]]:
+        """(indices of the well-formed answers that `by_answer` has, its values for these)."""
+        indices = [i for i, key in enumerate(self.keys) if key in by_answer]
+        return indices, [by_answer[self.keys[i]] for i in indices]
 
-    @cached_property
-    def draws(self) -> dict[Key, list[tuple]]:
-        """Repeated judgements of the judge, by answer; malformed answers have one."""
-        found: dict[Key, list[tuple]] = {}
-        for x in self.judged.get(file_name(self.config["judge"]), []):
-            found.setdefault((x["prompt_id"], x["sample"]), []).append(tuple(x["scores"]))
-        return found
+    def scores_by(self, scorer: str) -> dict[Key, Scores]:
+        """A scorer's most probable digits after these answers, by answer."""
+        lines = self.digits.get(scorer, {})
+        return {key: line["scores"] for key, line in lines.items() if line["scores"]}
+
+    def rejudged(self, judge: str) -> "Cell":
+        """The well-formed answers with another judge's scores; those without are left out."""
+        lines = self.judged.get(judge, [])
+        indices, scores = self.match({key_of(line): tuple(line["scores"]) for line in lines})
+        answers = [self.valid[i] for i in indices]
+        changed = [replace(r, judge_scores=j) for r, j in zip(answers, scores, strict=True)]
+        return replace(self, rollouts=changed)
+
+    def rescored(self, scorer: str) -> "Cell":
+        """The well-formed answers with a scorer's most probable digits as self-scores; those
+        without are left out."""
+        indices, scores = self.match(self.scores_by(scorer))
+        answers = [self.valid[i] for i in indices]
+        changed = [replace(r, self_scores=s) for r, s in zip(answers, scores, strict=True)]
+        return replace(self, rollouts=changed)
+
+    def log_probabilities(self, before: str) -> tuple[list[int], np.ndarray]:
+        """(n indices of answers, (n, 5, 10) the model's log-probabilities of the ten digits at each
+        score position), of the answers whose own block could be read. `before`: whose digits stand
+        before a position, "own" or "judge"."""
+        lines = self.digits.get(self.model, {})
+        indices, logp = self.match(
+            {key: x[before] for key, x in lines.items() if x["own"] and x[before]}
+        )
+        return indices, np.array(logp, float).reshape(-1, 5, 10)
+
+
+def key_of(line: dict) -> Key:
+    return line["prompt_id"], line["sample"]
+
+
+# --------------------------------------------------------------------------------------------------
+# One folder
 
 
 @dataclass
@@ -109,8 +202,13 @@ class Window:
     """The training window's judgements, on which trivial predictors are fitted."""
 
     rollouts: list[Rollout]
-    base: dict[str, Scores]  # the base model's most probable scores for them, by answer's id
+    base: dict[str, Scores]  # the base model's most probable scores for them, by answer id
     gamma: float
+
+    @cached_property
+    def j(self) -> np.ndarray:
+        """(n, 5) the judge's scores."""
+        return np.array([r.judge_scores for r in self.rollouts])
 
     @cached_property
     def constant(self) -> Scores:
@@ -119,28 +217,20 @@ class Window:
 
     @cached_property
     def fit(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n, 5) twice: the base model's scores and the judge's."""
-        read = [(self.base[a], r.judge_scores) for r in self.rollouts
-                if (a := answer_id(r)) in self.base]  # fmt: skip
-        s, j = zip(*read, strict=True) if read else ((), ())
-        return np.array(s).reshape(-1, 5), np.array(j).reshape(-1, 5)
-
-    @cached_property
-    def j(self) -> np.ndarray:
-        return np.array([r.judge_scores for r in self.rollouts])
+        """(n, 5) twice: the base model's scores and the judge's, where the base has scores."""
+        scored = [r for r in self.rollouts if answer_id(r) in self.base]
+        s = np.array([self.base[answer_id(r)] for r in scored], int).reshape(-1, 5)
+        return s, np.array([r.judge_scores for r in scored], int).reshape(-1, 5)
 
 
 @dataclass
 class Evaluation:
-    """One folder of results; several are runs with other seeds."""
+    """One folder results/NAME."""
 
     folder: Path
     cells: dict[tuple[str, str], Cell]  # by (benchmark, model)
     window: Window | None
-    stronger: dict[str, dict[str, Scores]]  # the judge's of a stronger model, by benchmark, prompt
-
-    def __getitem__(self, key: tuple[str, str]) -> Cell:
-        return self.cells[key]
+    stronger: dict[str, dict[str, Scores]]  # a stronger model's scores, by benchmark and prompt
 
 
 def load_evaluation(path: Path) -> Evaluation:
@@ -159,34 +249,36 @@ def load_evaluation(path: Path) -> Evaluation:
     lines = read_newest(folder.window_scores_file)
     base = {x["answer_id"]: tuple(x["scores"]) for x in lines if x["scores"]}
     stronger = {
-        benchmark: {x["prompt_id"]: tuple(x["scores"]) for x in read_newest(path)}
-        for benchmark, path in folder.stronger_files().items()
+        benchmark: {x["prompt_id"]: tuple(x["scores"]) for x in read_newest(file)}
+        for benchmark, file in folder.stronger_files().items()
     }
     window = Window(rollouts, base, first.gamma) if rollouts else None
-    return Evaluation(path, cells, window, stronger)
+    evaluation = Evaluation(path, cells, window, stronger)
+    for cell in cells.values():
+        cell.evaluation = evaluation
+    return evaluation
 
 
 def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
     rollouts = sorted(folder.answers(), key=lambda r: (r.prompt_id, r.sample))
     ids = {(r.prompt_id, r.sample): answer_id(r) for r in rollouts}
 
-    def read(path: Path) -> list[dict]:
+    def lines(path: Path) -> list[dict]:
         """The lines that are about these answers."""
-        lines = read_newest(path)
-        return [x for x in lines if ids.get((x["prompt_id"], x["sample"])) == x["answer_id"]]
+        return [x for x in read_newest(path) if ids.get(key_of(x)) == x["answer_id"]]
 
     return Cell(
         benchmark=benchmark,
         model=model,
         config=folder.config(),
         rollouts=rollouts,
-        judged={judge: read(path) for judge, path in folder.scores_files().items()},
+        judged={judge: lines(path) for judge, path in folder.scores_files().items()},
         digits={
-            scorer: {(x["prompt_id"], x["sample"]): x for x in read(path)}
+            scorer: {key_of(x): x for x in lines(path)}
             for scorer, path in folder.digits_files().items()
         },
-        sensitivity=read(folder.sensitivity_file),
-        preferences=read(folder.preferences_file),
+        sensitivity=lines(folder.sensitivity_file),
+        preferences=lines(folder.preferences_file),
         summary=folder.summary(),
     )
 

@@ -249,6 +249,10 @@ def test_an_interval_over_prompts_counts_prompts():
     assert wide.high - wide.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
     assert intervals.over_prompts([0.5], ["a"]) == (0.5, None, None, 1)
     assert intervals.over_prompts([], []) == (None, None, None, 0)
+    assert intervals.over_prompts([1, 0, 1], ["a", "a", "b"], draws=0) == (2 / 3, None, None, 2)
+    assert intervals.Interval(0.5, 0.25, 0.75, 2).text() == "0.500 [0.250, 0.750]"
+    assert intervals.Interval(0.5, None, None, 1).text(4) == "0.5000"
+    assert intervals.NOTHING.text() == "-"
 
 
 def test_an_interval_of_a_ratio_and_of_any_figure():
@@ -256,20 +260,21 @@ def test_an_interval_of_a_ratio_and_of_any_figure():
     assert got.mean == pytest.approx(4 / 5) and got.n == 2  # a prompt without pairs says nothing
     assert (got.low, got.high) == (pytest.approx(0.5), pytest.approx(1))
     assert intervals.ratio([], []) == (None, None, None, 0)
-    # A prompt that is drawn twice is two prompts, not one with twice the responses.
+    # Prompts are drawn with all their responses: three prompts with 2, 1 and 1.
     seen = []
 
-    def figure(index, units):
-        seen.append((len(index), len(set(units))))
-        return float(len(set(units)))
+    def figure(index):
+        seen.append(len(index))
+        return float(len(index))
 
     got = intervals.of_statistic(figure, ["a", "a", "b", "c"])
-    assert got.mean == 3 and all(n == 3 for _, n in seen) and {k for k, _ in seen} > {3, 5}
-    assert intervals.of_statistic(lambda i, u: None, ["a", "b"]) == (None, None, None, 2)
+    assert got.mean == 4 == seen[0] and set(seen) == {3, 4, 5, 6}
+    assert got.n == 3 and (got.low, got.high) == (3, 6)
+    assert intervals.of_statistic(lambda i: None, ["a", "b"]) == (None, None, None, 2)
     rng = np.random.default_rng(0)
     values = rng.normal(size=400)
     plain = intervals.over_prompts(values, [str(k) for k in range(400)])
-    same = intervals.of_statistic(lambda i, u: values[i].mean(), [str(k) for k in range(400)])
+    same = intervals.of_statistic(lambda i: values[i].mean(), [str(k) for k in range(400)])
     assert same.mean == pytest.approx(plain.mean)
     assert same.high - same.low == pytest.approx(plain.high - plain.low, rel=0.2)
 

@@ -1,31 +1,31 @@
 """Metrics by hand: .venv/bin/python -m pytest tests/test_metrics.py"""
 
-import math
-
 import pytest
 
 from evaluation.metrics import (
     best_constant,
-    clustered_mean,
     correlation,
     frequent_digits,
+    render,
     share_among,
     shuffled_calibration,
     summarise,
     top_k_accuracy,
+    top_k_hits,
 )
 
 
-def test_standard_error_counts_prompts_not_responses():
-    # Two prompts, values 1, 1 and 0, 0: mean 1/2, residual sums +1 and -1,
-    # se = sqrt(2 / 1 * (1 + 1)) / 4 = 1/2, as for two independent values 1 and 0.
-    estimate = clustered_mean([1, 1, 0, 0], ["a", "a", "b", "b"])
-    assert estimate == (0.5, 0.5, 4)
-    # All prompts different: the usual s / sqrt(n), s^2 = 1/3.
-    alone = clustered_mean([1, 1, 0, 0], ["a", "b", "c", "d"])
-    assert alone.se == pytest.approx(math.sqrt(1 / 3 / 4))
-    assert clustered_mean([1.0], ["a"]) == (1.0, None, 1)
-    assert clustered_mean([], []) == (None, None, 0)
+def test_intervals_are_over_prompts_and_the_rate_counts_responses():
+    """Two responses to each of two prompts, one prompt all well-formed and one not at all: the
+    bootstrap draws prompts, so that the rate lies between 0 and 1."""
+    right = ((5,) * 5, (5,) * 5)
+    table = summarise([("a", *right), ("a", *right), ("b", None, None), ("b", None, None)])
+    assert table["well_formed"] == (0.5, 0.0, 1.0, 4)
+    assert table["calibration"] == (1.0, None, None, 1)  # of one prompt
+    assert summarise([])["quality"] == (None, None, None, 0)
+    lines = render(table).splitlines()
+    assert lines[0] == "well_formed              0.5000 [0.0000, 1.0000]   n = 4 responses"
+    assert lines[2] == "calibration              1.0000                    n = 1 prompts"
 
 
 def test_only_well_formed_responses_enter_the_scores():
@@ -86,6 +86,9 @@ def test_top_k_by_hand():
     tied = [[0.0] * 10] * 5
     assert top_k_accuracy([tied], [(4, 5, 4, 9, 0)]) == pytest.approx(3 / 5)
     assert top_k_accuracy([], []) is None
+    assert top_k_hits([rows, tied], [(0, 4, 5, 9, 0), (4, 5, 4, 9, 0)]).tolist() == [
+        [True, True, False, False, True], [True, False, True, False, True]
+    ]  # fmt: skip
     # In the first attribute 0-4 are seen twice and 5 once; the rest is constant.
     judge = [(d, 1, 1, 1, 1) for d in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5)]
     digits = frequent_digits(judge)

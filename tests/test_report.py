@@ -1,6 +1,7 @@
 """Tables, figures and the page from result files worked out by hand: .venv/bin/python -m pytest
 tests/test_report.py"""
 
+import csv
 import dataclasses
 import json
 import math
@@ -15,9 +16,11 @@ from conftest import ROOT, make_rollout
 
 import report
 from config import CellConfig
-from evaluation import control_tables, further_tables
+from evaluation import figures, page
 from evaluation.controls import calibrations
-from evaluation.tables import Tables
+from evaluation.intervals import Interval
+from evaluation.results import load_evaluation, load_run
+from evaluation.table import Results, Table, by_settings
 from prompts import ATTRIBUTES
 from reward import calibration, quality
 from storage.data import load_prompts
@@ -124,16 +127,14 @@ def made(tmp_path, tokenizer):
     return m
 
 
-def tables(*folders: Path, beside=(), **options) -> dict[str, dict]:
-    """title -> {(benchmark, model, ...): {column: text}}"""
-    t = Tables([report.load(f) for f in folders], **options)
-    found = {}
-    others = report.by_settings([report.load(folder) for folder in beside])
-    for table in [
-        *t.all(), *control_tables.all_tables(t), *further_tables.all_tables(t, others)
-    ]:  # fmt: skip
-        found[table.title] = [dict(zip(table.head, row, strict=True)) for row in table.rows]
-    return found
+def tables(*folders: Path, beside=(), **options) -> dict[str, list[dict]]:
+    """title -> a row {header: text} for each of the table's rows"""
+    results = Results([load_evaluation(folder) for folder in folders], **options)
+    others = by_settings([load_evaluation(folder) for folder in beside])
+    return {
+        table.title: table.strings().to_dict("records")
+        for table in report.make_tables(results, others)
+    }
 
 
 def one(rows: list[dict], **where) -> dict:
@@ -263,6 +264,15 @@ def test_the_controls_by_hand(made):
     assert begins(parts["bias"], 4.0)
     split = [float(parts[x].split(" ")[0]) for x in ("bias", "spread", "rest")]
     assert sum(split) == pytest.approx((16 + 4 + 0) / 3, abs=2e-3)
+    assert begins(parts["self - judge"], 2.0)
+    # Deviations 1 1 -2 and -1 1 0: products -1 + 1 + 0.
+    assert begins(parts["correlation"], 0.0)
+    verbosity = one(found["Parts of the squared error, and quadratic kappa"],
+                    model="see", attribute="verbosity")  # fmt: skip
+    # 4 7 5 1 against 9 2 5 0: differences -5 5 0 1; means 17/4 and 4, sums of products
+    # 36 + 14 + 25 + 0 - 68 = 7, of squares 91 - 289/4 and 110 - 64.
+    assert begins(verbosity["self - judge"], 0.25)
+    assert begins(verbosity["correlation"], 7 / math.sqrt((91 - 289 / 4) * 46))
     moved = one(found["Does the score depend on the answer?"], model="see")
     assert begins(moved["another prompt's answer"], (-4 - 2) / 2)
     assert begins(moved["half of the answer"], -1.0)
@@ -347,7 +357,7 @@ def test_lines_about_other_answers_do_not_count(made):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0]["answer_id"] = "another"
     path.write_text("".join(json.dumps(x) + "\n" for x in rows))
-    cell = report.load(made.root / "x")["one", "see"]
+    cell = load_evaluation(made.root / "x").cells["one", "see"]
     assert len(cell.digits["see"]) == 3 and len(cell.digits["base"]) == 4
 
 
@@ -360,13 +370,44 @@ def test_settings_stand_side_by_side(made):
     rows = tables(made.root / "x", beside=[made.root / "greedy"])
     rows = rows["The same models under other settings"]
     assert list(rows[0])[3:] == ["temperature 0.8", "temperature 0.0"]
-    row = next(r for r in rows if (r["model"], r[""]) == ("base", "calibration"))
+    row = next(r for r in rows if (r["model"], r["metric"]) == ("base", "calibration"))
     assert begins(row["temperature 0.8"], mean(calibration(s, j) for s, j in BASE[:3]))
     assert begins(row["temperature 0.0"], calibration(*SEE[0]))
-    row = next(r for r in rows if (r["model"], r[""]) == ("base", "well-formed"))
+    row = next(r for r in rows if (r["model"], r["metric"]) == ("base", "well-formed"))
     assert begins(row["temperature 0.8"], 0.75) and begins(row["temperature 0.0"], 0.25)
     assert all(r["temperature 0.0"] == "-" for r in rows if r["model"] == "see")
     assert "The same models under other settings" not in tables(made.root / "x")
+    again = tables(made.root / "x", beside=[made.root / "x"])  # the same settings: by folder
+    assert list(again["The same models under other settings"][0])[3:] == [str(made.root / "x")]
+
+
+def test_a_table_as_text_markdown_and_csv():
+    rows = [
+        {"model": "a|b", "x": Interval(0.5, 0.25, 0.75, 2), "pairs": 1234, "p": 0.01, "note": "-5"},
+        {"model": "c", "x": Interval(1.0, None, None, 1), "pairs": 5, "p": None, "note": None},
+        {"model": "d", "x": None, "pairs": 0, "p": 1.0, "note": "w"},
+    ]
+    table = Table.of("A title: 5 (or 6)", "Its note.", rows)
+    assert table.text().splitlines() == [
+        "A title: 5 (or 6)",
+        "Its note.",
+        "",
+        "model  x                     pairs  p      note",
+        "a|b    0.500 [0.250, 0.750]  1,234  0.010  -5",
+        "c      1.000                 5      -      -",
+        "d      -                     0      1.000  w",
+    ]
+    assert table.markdown().splitlines()[2:5] == [
+        "Its note.", "", "| model | x | pairs | p | note |"
+    ]  # fmt: skip
+    assert "| a\\|b | 0.500 [0.250, 0.750] | 1,234 | 0.010 | -5 |" in table.markdown()
+    assert table.csv().splitlines() == [
+        "model,x,x low,x high,x n,pairs,p,note",
+        "a|b,0.5,0.25,0.75,2,1234,0.01,-5",
+        "c,1.0,,,1,5,,",
+        "d,,,,0,0,1.0,w",
+    ]
+    assert table.file_name == "a-title-5-or-6"
 
 
 def test_one_valid_response_and_none(made):
@@ -383,9 +424,9 @@ def test_one_valid_response_and_none(made):
 
 
 def test_the_base_is_the_model_that_was_first_asked_for(made):
-    assert Tables([report.load(made.root / "x")]).base == "base"  # by name, without the file
+    assert Results([load_evaluation(made.root / "x")]).base == "base"  # by name, without the file
     (made.root / "x" / "models.json").write_text('["see", "base"]')
-    t = Tables([report.load(made.root / "x")])
+    t = Results([load_evaluation(made.root / "x")])
     assert t.base == "see" and t.models == ["see", "base"] and t.benchmarks == ["one"]
 
 
@@ -399,11 +440,11 @@ def test_lines_on_older_weights_do_not_count(made):
 
 
 def test_calibration_by_judge_score(made):
-    cell = report.load(made.root / "x")["one", "base"]
-    values, prompts = report.by_judge_score(cell, 2)  # complexity and verbosity of the second
+    cell = load_evaluation(made.root / "x").cells["one", "base"]
+    values, prompts = figures.by_judge_score(cell, 2)  # complexity and verbosity of the second
     assert values == pytest.approx([(1 - 6 / 9) ** 2] * 2) and set(prompts) == {made.prompts[0]}
-    assert report.by_judge_score(cell, 7) == ([], [])
-    everything = sum(len(report.by_judge_score(cell, d)[0]) for d in range(10))
+    assert [list(x) for x in figures.by_judge_score(cell, 7)] == [[], []]
+    everything = sum(len(figures.by_judge_score(cell, d)[0]) for d in range(10))
     assert everything == 15 and len(calibrations(cell.s, cell.j)) == 3
 
 
@@ -417,6 +458,15 @@ def test_figure_2_needs_a_runs_checkpoints(made, tmp_path):
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps(dict(zip(names, x, strict=True))) + "\n" for x in lines)
     )
+    (run / "window.json").write_text(json.dumps([str(k) for k in range(40)]))
+    (run / "rollouts").mkdir()
+    for cycle, step, sample, scores in [
+        (1, 1, 0, BASE[0]), (1, 1, 1, BASE[1]), (1, 2, 0, BASE[0]), (1, 2, 1, None),
+        (2, 1, 0, BASE[2]), (2, 2, 0, BASE[2]),
+    ]:  # fmt: skip
+        r = made.rollout(made.prompts[0], sample, scores, "r")
+        r = dataclasses.replace(r, cycle=cycle, step=step)
+        append_rollout(run / "rollouts" / f"cycle_{cycle:02d}.jsonl", r)
     seen = [len(metrics_until(run / "checkpoints" / c))
             for c in ("cycle_01", "cycle_02_step_00001", "cycle_02")]  # fmt: skip
     assert seen == [3, 4, 6]  # the last cycle's distillation comes after its RL steps
@@ -425,10 +475,15 @@ def test_figure_2_needs_a_runs_checkpoints(made, tmp_path):
         config = json.loads((path / "config.json").read_text())
         config["model"] = str(run / "checkpoints" / checkpoint)
         write_text(path / "config.json", json.dumps(config))
-    t = Tables([report.load(made.root / "x")])
-    cells = [t.first["one", m] for m in ("base", "one-cycle", "two-cycles")]
-    assert [report.sample_passes(c) for c in cells] == [None, ("r", 32), ("r", 64)]
-    assert report.figure_2(t, tmp_path / "f.png") and (tmp_path / "f.png").stat().st_size > 9000
+    t = Results([load_evaluation(made.root / "x")])
+    # After cycle 1: 2 RL steps and 1 update of distillation; judged are 2 rollouts of its first
+    # step and 1 of its second. The window has 40 prompts.
+    assert figures.costs_of_models(t) == {
+        "r": {"one-cycle": (32, 3, 3, 32), "two-cycles": (64, 5, 6, 40)}
+    }
+    assert figures.figure_2(t, tmp_path / "f.png") and (tmp_path / "f.png").stat().st_size > 9000
+    one_checkpoint = Results(t.evaluations, ("base", "one-cycle", "see"))
+    assert not figures.figure_2(one_checkpoint, tmp_path / "g.png")
 
 
 def test_files_and_figures(made, tmp_path):
@@ -437,11 +492,17 @@ def test_files_and_figures(made, tmp_path):
     assert (out / "tables.txt").read_text() == text and "Table 4" in text
     assert "| benchmark | model |" in (out / "tables.md").read_text()
     assert {p.name for p in out.iterdir()} == {
-        "tables.txt", "tables.md", "figure3.png", "figure4.png", "report.html"
+        "tables.txt", "tables.md", "csv", "figure3.png", "figure4.png", "report.html"
     }  # fmt: skip
-    page = (out / "report.html").read_text()
-    assert "<script>document.title" not in page and "&lt;script&gt;document.title" in page
-    assert not re.search(r"(src|href)=[\"'](?!data:)", page)  # nothing from elsewhere
+    with open(out / "csv" / "tables-1-and-2-quality-and-calibration.csv") as f:
+        base, see = csv.DictReader(f)
+    assert (base["model"], see["model"]) == ("base", "see")
+    assert float(base["MAE"]) == pytest.approx(2.4) and base["MAE n"] == "2"  # as by hand above
+    assert float(base["MAE low"]) <= 2.4 <= float(base["MAE high"])
+    assert len(list((out / "csv").iterdir())) == text.count("\n\n\n") + 1  # one for each table
+    html = (out / "report.html").read_text()
+    assert "<script>document.title" not in html and "&lt;script&gt;document.title" in html
+    assert not re.search(r"(src|href)=[\"'](?!data:)", html)  # nothing from elsewhere
     bad = subprocess.run([sys.executable, str(ROOT / "report.py"), str(tmp_path / "none")],
                          capture_output=True, text=True)  # fmt: skip
     assert bad.returncode == 1 and "no results of evaluate.py there" in bad.stderr
@@ -464,10 +525,10 @@ def test_a_runs_rollouts_by_cycle(made, tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     malformed = dataclasses.replace(made.rollout(made.prompts[1], 0, None, "r"), cycle=2)
     append_rollout(run / "rollouts" / "cycle_02.jsonl", malformed)
-    shown = report.answers([report.load_run(run)], 4)
+    shown = page.answers([load_run(run)], 4)
     assert shown.pop()["rollout"].self_scores is None
     assert [(a["cycle"], a["rollout"].sample) for a in shown] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert len(report.answers([report.load_run(run)], 0)) == 7
+    assert len(page.answers([load_run(run)], 0)) == 7
     out = tmp_path / "out"
     report.run(report.Command(runs=(run,), out=out))
     assert {"training.png", "report.html"} <= {p.name for p in out.iterdir()}

@@ -1,0 +1,193 @@
+"""The paper's tables (Sec. 4).
+
+Only well-formed responses enter the scores (Sec. 4.1), so the well-formed rate stands first. The
+paper's figures stand beside ours only where judge, template and benchmark are the paper's.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from evaluation import intervals, metrics
+from evaluation.results import Cell
+from evaluation.table import Column, Results, Table, Values, mean, measure, rows, statistic
+from prompts import ATTRIBUTES
+from storage.run_folder import file_name
+
+# The paper's figures (GPT-5.4), where they are known: (benchmark, model, column) -> figure.
+PAPER_MAIN = {
+    ("helpsteer2", "base", "quality"): 0.644, ("helpsteer2", "base", "calibration"): 0.632,
+    ("helpsteer2", "rlcr", "quality"): 0.662, ("helpsteer2", "rlcr", "calibration"): 0.675,
+    ("helpsteer2", "see", "quality"): 0.704, ("helpsteer2", "see", "calibration"): 0.731,
+    ("wildbench", "base", "calibration"): 0.5040, ("wildbench", "rlcr", "calibration"): 0.5414,
+    ("wildbench", "see", "calibration"): 0.6088,
+}  # fmt: skip
+PAPER_WIN_RATES = {
+    ("helpsteer2", "rlcr", "quality"): 0.570, ("helpsteer2", "rlcr", "calibration"): 0.617,
+    ("helpsteer2", "see", "quality"): 0.671, ("helpsteer2", "see", "calibration"): 0.700,
+    ("alpaca_eval", "rlcr", "responses"): 0.534, ("alpaca_eval", "see", "responses"): 0.592,
+    ("arena_hard", "rlcr", "responses"): 0.502, ("arena_hard", "see", "responses"): 0.518,
+    ("wildbench", "rlcr", "responses"): 0.537, ("wildbench", "see", "responses"): 0.581,
+}  # fmt: skip
+PAPER_TOP_5 = {
+    ("helpsteer2", "base", "top-5"): 0.7707, ("helpsteer2", "see", "top-5"): 0.8776,
+    ("alpaca_eval", "see", "top-5"): 0.9078,
+}  # fmt: skip
+
+
+def well_formed(c: Cell) -> Values:
+    return [r.self_scores is not None for r in c.rollouts], [r.prompt_id for r in c.rollouts]
+
+
+def quality(c: Cell) -> Values:
+    return c.quality, c.prompts
+
+
+def calibration(c: Cell) -> Values:
+    return c.calibration, c.prompts
+
+
+MAIN = {
+    "well-formed": mean(well_formed),
+    "quality": mean(quality),
+    "calibration": mean(calibration),
+    "MAE": mean(lambda c: (np.abs(c.s - c.j).mean(1), c.prompts)),
+}
+
+
+def main_table(results: Results) -> Table:
+    setting = results.settings
+    temperature = setting["temperature"]
+    decoding = f"sampled at temperature {temperature:g}" if temperature else "greedy decoding"
+    summaries = {b: results.cells(b, results.base)[0].summary for b in results.benchmarks}
+    duplicates = [f"{b} {x.get('near_duplicates', 'not counted')}" for b, x in summaries.items()]
+    return Table.of(
+        "Tables 1 and 2: quality and calibration",
+        f"Judge {results.judge}; {decoding}, {setting['samples']} sample(s) per prompt; "
+        "well-formed responses only. Prompts that are nearly a training prompt or a few-shot "
+        f"example ({'left out' if setting['drop_duplicates'] else 'kept'}): "
+        f"{', '.join(duplicates)}.",
+        rows(results, MAIN, paper=PAPER_MAIN),
+    )
+
+
+def win_rates(results: Results) -> Table:
+    """Against the base: by recorded scores, sample by sample, and by the pairwise referee."""
+
+    def by_scores(scores: Callable[[Cell], np.ndarray]) -> Column:
+        def values(c: Cell) -> Values:
+            base = c.of(results.base)
+            indices, theirs = c.match(dict(zip(base.keys, scores(base), strict=True)))
+            return (np.sign(scores(c)[indices] - theirs) + 1) / 2, c.prompts[indices]
+
+        return mean(values)
+
+    columns = {
+        "quality": by_scores(lambda c: c.quality),
+        "calibration": by_scores(lambda c: c.calibration),
+        "responses": mean(lambda c: preferences(c, lambda x: (x["result"] + 1) / 2)),
+        "length-adjusted": statistic(length_adjusted),
+        "order bias": mean(
+            lambda c: preferences(c, lambda x: (x["shown_first"] - x["shown_second"]) / 2)
+        ),
+    }
+    return Table.of(
+        f"Win-rates against {results.base}",
+        "(wins + ties / 2) / n over samples that both answered well-formed. The referee is "
+        "asked in both orders; a disagreement is a tie. Length-adjusted: at equal length, "
+        "without LC AlpacaEval's term for difficulty. Order bias: win-rate when shown first "
+        "minus when shown second.",
+        rows(results, columns, lambda c: c.model != results.base, PAPER_WIN_RATES),
+    )
+
+
+def preferences(c: Cell, value: Callable[[dict], float]) -> Values:
+    """`value`: of a line of preferences.jsonl."""
+    return [value(x) for x in c.preferences], [x["prompt_id"] for x in c.preferences]
+
+
+def length_adjusted(c: Cell) -> tuple[Callable, Sequence]:
+    result, prompts = (np.array(x) for x in preferences(c, lambda x: x["result"]))
+    longer_by = np.array([x["longer_by"] for x in c.preferences])
+    return lambda i: intervals.length_adjusted(result[i], longer_by[i]), prompts
+
+
+def held_out_judges(results: Results) -> Table:
+    """The same answers by other judges."""
+
+    def columns(judge: str) -> dict[str, Column]:
+        return {
+            "quality": mean(lambda c: quality(c.rejudged(judge))),
+            "calibration": mean(lambda c: calibration(c.rejudged(judge))),
+        }
+
+    return Table.of(
+        "Table 3: held-out judges",
+        f"The same answers; {results.judge} is the judge of the other tables.",
+        [
+            {"benchmark": b, "judge": judge, "model": m} | measure(columns(judge), cells)
+            for b, m, cells in results.each()
+            for judge, lines in sorted(cells[0].judged.items())
+            if lines and judge != file_name(results.judge)
+        ],
+    )
+
+
+def top_5(results: Results) -> Table:
+    """Top-5 accuracy, and what one ranking of the digits for all responses reaches."""
+
+    def own(c: Cell) -> Values:
+        indices, logp = c.log_probabilities("own")
+        return metrics.top_k_hits(logp, c.j[indices]).mean(1), c.prompts[indices]
+
+    def ranking(c: Cell, judge: np.ndarray) -> Values:
+        """The ranking that is best for the judge's scores `judge` (n, 5)."""
+        indices, _ = c.log_probabilities("own")
+        digits = metrics.frequent_digits(judge.tolist())
+        return [metrics.share_among(digits, j) for j in c.j[indices].tolist()], c.prompts[indices]
+
+    return Table.of(
+        "Table 4: top-5 accuracy",
+        "Share of the judge's digits among the model's five most probable, on its own block; "
+        "beside it what one ranking of the digits for all answers reaches, taken from the "
+        "training window's judgements, or from those of these very answers.",
+        rows(
+            results,
+            {
+                "top-5": mean(own),
+                "window ranking": mean(lambda c: ranking(c, c.window.j) if c.window else ([], [])),
+                "test ranking": mean(lambda c: ranking(c, c.j[c.log_probabilities("own")[0]])),
+            },
+            lambda c: c.log_probabilities("own")[0],
+            PAPER_TOP_5,
+        ),
+    )
+
+
+def by_attribute(values: Callable[[Cell], np.ndarray]) -> dict[str, Column]:
+    """`values`: of a cell (N, 5), one number per response and attribute."""
+    return {
+        attribute: mean(lambda c, a=a: (values(c)[:, a], c.prompts))
+        for a, attribute in enumerate(ATTRIBUTES)
+    }
+
+
+def calibration_by_attribute(results: Results) -> Table:
+    return Table.of(
+        "By attribute: calibration",
+        "(1 - |s - j| / 9)^gamma of each attribute alone (Figure 3).",
+        rows(results, by_attribute(lambda c: c.attribute_calibration)),
+    )
+
+
+def error_by_attribute(results: Results) -> Table:
+    return Table.of(
+        "By attribute: mean absolute error",
+        "|s - j|, in points of 0-9.",
+        rows(results, by_attribute(lambda c: np.abs(c.s - c.j))),
+    )
+
+
+TABLES = (
+    main_table, win_rates, held_out_judges, top_5, calibration_by_attribute, error_by_attribute
+)  # fmt: skip

@@ -1,0 +1,228 @@
+"""What all tables share: the Results that a table is about, its columns, and the Table itself.
+
+A table is declared as a mapping {header: Column}. A Column is a function of the cells of one
+benchmark and model, one cell for each evaluation, and gives the figure of one row: an Interval, a
+number, a text, or None where there is nothing to show. `mean`, `ratio` and `statistic` make Columns
+from a function of one cell: their intervals are over prompts within one evaluation, and over
+evaluations where there are several (intervals.py).
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+
+from evaluation import intervals
+from evaluation.intervals import Interval
+from evaluation.results import Cell, Evaluation
+
+Figure = Interval | float | int | str | None
+Column = Callable[[list[Cell]], Figure]
+Values = tuple[Sequence[float], Sequence]  # one number per response, and its prompt's id
+PAPER = " (paper)"  # a column NAME (paper) holds the paper's figures beside those of NAME
+
+
+# --------------------------------------------------------------------------------------------------
+# What a table is about
+
+
+def settings(cell: Cell) -> dict:
+    """What the figures in one table must share."""
+    names = ("judge", "template", "few_shot", "samples", "limit", "prompt_tokens", "dtype",
+             "use_references", "drop_duplicates")  # fmt: skip
+    return {k: cell.config[k] for k in names} | {"gamma": cell.gamma} | cell.config["sampling"]
+
+
+class Results:
+    """One or more evaluations of the same models on the same benchmarks under the same settings.
+    Several are runs with other seeds."""
+
+    def __init__(self, evaluations: Sequence[Evaluation], models: Sequence[str] = ()):
+        """`models`: which of them, in this order, the base first; (): all. Raises ValueError if the
+        evaluations do not have the same cells or settings."""
+        self.evaluations = list(evaluations)
+        first, *others = self.evaluations
+        for e in others:
+            if e.cells.keys() != first.cells.keys():
+                raise ValueError(
+                    f"{e.folder} and {first.folder} hold other models or benchmarks: "
+                    f"{sorted(e.cells.keys() ^ first.cells.keys())}; give evaluations of the same "
+                    "ones"
+                )
+        self.benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in first.cells))
+        on_file = list(dict.fromkeys(model for _, model in first.cells))
+        if unknown := set(models) - set(on_file):
+            raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(on_file)}")
+        self.models = list(models) or on_file
+        self.base = self.models[0]
+        for b in self.benchmarks:
+            for m in self.models:
+                if (b, m) not in self:
+                    raise ValueError(
+                        f"{first.folder}: no answers of model {m} to {b}; finish evaluate.py, or "
+                        "choose models with --models"
+                    )
+        cells = [cell for e in self.evaluations for cell in e.cells.values()]
+        self.settings = settings(cells[0])
+        for name, value in self.settings.items():
+            if any(settings(cell)[name] != value for cell in cells):
+                raise ValueError(
+                    f"the results differ in {name}, and such are not mixed; give evaluations of "
+                    "one setting, and those of others with --beside"
+                )
+        self.judge = self.settings["judge"]
+        paper = {"template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0,
+                 "use_references": True, "drop_duplicates": False}  # fmt: skip
+        self.papers_setting = bool(
+            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge)
+        ) and all(self.settings[name] == value for name, value in paper.items())
+
+    def cells(self, benchmark: str, model: str) -> list[Cell]:
+        """One for each evaluation."""
+        return [e.cells[benchmark, model] for e in self.evaluations]
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether there are answers to a benchmark by a model: (benchmark, model)."""
+        return key in self.evaluations[0].cells
+
+    def each(self) -> Iterator[tuple[str, str, list[Cell]]]:
+        """(benchmark, model, their cells), the rows of most tables."""
+        return ((b, m, self.cells(b, m)) for b in self.benchmarks for m in self.models)
+
+
+def by_settings(evaluations: Sequence[Evaluation]) -> list[Results]:
+    """Evaluations with the same settings together, as runs with other seeds."""
+    groups: dict[str, list[Evaluation]] = {}
+    for e in evaluations:
+        key = repr(settings(next(iter(e.cells.values()))))
+        groups.setdefault(key, []).append(e)
+    return [Results(group) for group in groups.values()]
+
+
+# --------------------------------------------------------------------------------------------------
+# Columns
+
+
+def _column(interval: Callable[..., Interval], prepare: Callable[[Cell], tuple]) -> Column:
+    """`prepare`: of a cell the arguments of `interval`."""
+
+    def column(cells: list[Cell]) -> Interval:
+        if len(cells) == 1:
+            return interval(*prepare(cells[0]))
+        runs = [interval(*prepare(cell), draws=0).mean for cell in cells]
+        return intervals.over_seeds([x for x in runs if x is not None])
+
+    return column
+
+
+# Each takes a function of a cell. mean: (one number per response, its prompt), a mean over
+# responses. ratio: (numerators, denominators) by prompt, sum / sum. statistic: (any figure as a
+# function of response indices, the prompt of every response).
+mean = partial(_column, intervals.over_prompts)
+ratio = partial(_column, intervals.ratio)
+statistic = partial(_column, intervals.of_statistic)
+
+
+def measure(columns: Mapping[str, Column], cells: list[Cell]) -> dict[str, Figure]:
+    """The figures of one row, by header."""
+    return {header: column(cells) for header, column in columns.items()}
+
+
+def rows(
+    results: Results,
+    columns: Mapping[str, Column],
+    keep: Callable[[Cell], object] = lambda cell: True,
+    paper: Mapping[tuple[str, str, str], float] | None = None,
+) -> list[dict[str, Figure]]:
+    """A row for every benchmark and model for which `keep` is true. `paper`: the paper's figures by
+    (benchmark, model, header); they stand beside these columns if our setting is the paper's."""
+    published = (paper if results.papers_setting else None) or {}
+    table = []
+    for benchmark, model, cells in results.each():
+        if keep(cells[0]):
+            row = {"benchmark": benchmark, "model": model} | measure(columns, cells)
+            for header in dict.fromkeys(header for _, _, header in published):
+                row[header + PAPER] = published.get((benchmark, model, header))
+            table.append(row)
+    return table
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+@dataclass
+class Table:
+    """`frame`: a row per benchmark, model, ...; key columns first, then a column per figure, whose
+    entries are Figures."""
+
+    title: str
+    note: str
+    frame: pd.DataFrame
+
+    @classmethod
+    def of(cls, title: str, note: str, rows: Sequence[Mapping[str, Figure]]) -> "Table":
+        return cls(title, note, pd.DataFrame(rows, dtype=object))
+
+    @property
+    def file_name(self) -> str:
+        """The title in lower case, with "-" for everything but letters and digits."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+    def strings(self) -> pd.DataFrame:
+        """The frame as it is shown. The paper's figures stand in brackets after ours."""
+        shown = {}
+        for header, column in self.frame.items():
+            if not header.endswith(PAPER):
+                shown[header] = list(map(show, column))
+            else:
+                ours = header.removesuffix(PAPER)
+                shown[ours] = [
+                    text if paper is None else f"{text} (paper {paper:.3f})"
+                    for text, paper in zip(shown[ours], column, strict=True)
+                ]
+        return pd.DataFrame(shown)
+
+    def text(self) -> str:
+        strings = self.strings()
+        lines = [list(strings), *strings.to_numpy().tolist()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        body = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        return "\n".join([self.title, self.note, "", *body])
+
+    def markdown(self) -> str:
+        strings = self.strings()
+        lines = [list(strings), ["---"] * len(strings.columns), *strings.to_numpy().tolist()]
+        body = "\n".join(
+            "| " + " | ".join(x.replace("|", r"\|") for x in line) + " |" for line in lines
+        )
+        return f"### {self.title}\n\n{self.note}\n\n{body}"
+
+    def csv(self) -> str:
+        """Each column NAME of intervals becomes NAME, NAME low, NAME high and NAME n."""
+        columns = {}
+        for header, column in self.frame.items():
+            if any(isinstance(x, Interval) for x in column):
+                parts = [x if isinstance(x, Interval) else intervals.NOTHING for x in column]
+                for k, suffix in enumerate(("", " low", " high", " n")):
+                    columns[header + suffix] = [x[k] for x in parts]
+            else:
+                columns[header] = column
+        return pd.DataFrame(columns, dtype=object).to_csv(index=False)
+
+
+def show(figure: Figure) -> str:
+    """0.731 [0.702, 0.760]"""
+    match figure:
+        case None:
+            return "-"
+        case Interval():
+            return figure.text()
+        case str():
+            return figure
+        case int():
+            return f"{figure:,}"
+        case _:
+            return f"{figure:.3f}"
