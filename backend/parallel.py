@@ -68,15 +68,14 @@ def keep_freed_memory() -> None:
 
 
 def rank() -> int:
-    """This process's rank, from 0. Before the process group exists it is read from torchrun's
-    environment variable."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    """This process's rank, from 0. It is torchrun's environment variable, so it is known before the
+    process group exists."""
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """Number of ranks. Before the process group exists it is read from torchrun's environment
-    variable."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    """Number of ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device() -> torch.device:

@@ -280,8 +280,8 @@ class Replay:
         if question not in self._cached:
             raise JudgeError(
                 f"{self.path} has no {form.name} of {self.model} (draw {draw}) for the question "
-                f"that ends in {messages[-1]['content'][-80:]!r}; replay has only the judgements on "
-                "file, so give the same prompts, references and judge as then"
+                f"that ends in {messages[-1]['content'][-80:]!r}; replay has only the judgements "
+                "on file, so use the same references and template as when they were made"
             )
         return form.parse(self._cached[question])
 

@@ -16,7 +16,7 @@ from storage.run_folder import Folder
 
 
 def main(folder: str, rank: str, ranks: str, answers: str, concurrency: str, timeout: str) -> None:
-    config = ClientConfig(backoff=0.05, backoff_max=1.0, timeout=float(timeout), tries=12)
+    config = ClientConfig(backoff=0.05, backoff_max=1.0, timeout=float(timeout), attempts=12)
     service = Service("some-judge", Endpoint(), config)
     share = int(concurrency) // int(ranks)
     judge = LLMJudge(ChatClient(service, share, Ledger(Folder(Path(folder)).judge_cache)))
@@ -28,7 +28,7 @@ def main(folder: str, rank: str, ranks: str, answers: str, concurrency: str, tim
 
     works = [one(k) for k in range(int(rank), int(answers), int(ranks))]
     Background().submit(ask_all(works, f"rank {rank}")).result()
-    print(json.dumps(judge.lap()))
+    print(json.dumps(judge.client.take_counts()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from judging.ledger import Ledger, read_attempts, totals
 
 TURNS = [{"role": "user", "content": "Why is the sky blue?"}]
 LOOP = Background()
-FAST = ClientConfig(backoff=0.01, backoff_max=0.02, tries=4)
+FAST = ClientConfig(backoff=0.01, backoff_max=0.02, attempts=4)
 
 
 def make(folder, config=FAST, concurrency=4, model="some-judge", endpoint=Endpoint(), start=None):  # noqa: B008
@@ -88,7 +88,8 @@ def test_the_table_knows_the_papers_judges(monkeypatch):
                    request='{"reasoning_effort": null}')  # fmt: skip
     moved = Service("gemini-3.1-flash-lite", own, ClientConfig(key_variable="OPENAI_API_KEY"))
     assert moved.base_url == "https://example.org/v1" and moved.key == "key of OPENAI_API_KEY"
-    assert moved.more == {"reasoning_effort": None} and gemini.more["reasoning_effort"] == "minimal"
+    assert moved.request_parameters == {"reasoning_effort": None}
+    assert gemini.request_parameters["reasoning_effort"] == "minimal"
 
 
 BAD = {
@@ -272,7 +273,7 @@ def test_a_budget_of_dollars(fake_judge, tmp_path):
     judge = make(tmp_path, config, concurrency=1)
     got = score(judge, *(f"Answer {k}." for k in range(6)))
     assert len(fake_judge.bodies) == 3 and "$3.00 is used up" in str(got[-1])
-    assert judge.lap() == {"calls": 3.0, "failed": 0.0, "cost": pytest.approx(3.0)}
+    assert judge.client.take_counts() == {"calls": 3.0, "failed": 0.0, "cost": pytest.approx(3.0)}
     tries = list(read_attempts(tmp_path / "ledger.jsonl"))
     assert len(tries) == 3 and totals(tries)["cost"] == pytest.approx(3.0)
 
@@ -318,7 +319,7 @@ def test_the_key_is_everything_that_decides_the_reply(fake_judge, tmp_path):
     assert len(fake_judge.bodies) == 8
     assert len({row["key"] for row in lines(tmp_path)}) == 8
     # What does not decide it: patience, concurrency.
-    score(make(tmp_path, replace(FAST, tries=9, timeout=5.0), concurrency=1), "Same.")
+    score(make(tmp_path, replace(FAST, attempts=9, timeout=5.0), concurrency=1), "Same.")
     assert len(fake_judge.bodies) == 8
 
 

@@ -178,10 +178,10 @@ def test_mistakes_are_one_sentence(fake_judge, folder, tmp_path, monkeypatch, ca
 
 
 def test_the_command_itself(folder):
-    done = [sys.executable, str(ROOT / "judge.py")]
-    good = subprocess.run([*done, str(folder("a"))], capture_output=True, text=True)
+    done = [sys.executable, "-m", "evaluation.judgements"]
+    good = subprocess.run([*done, str(folder("a"))], capture_output=True, text=True, cwd=ROOT)
     assert good.returncode == 0 and "calibration" in good.stdout
-    bad = subprocess.run([*done, "nowhere"], capture_output=True, text=True)
+    bad = subprocess.run([*done, "nowhere"], capture_output=True, text=True, cwd=ROOT)
     assert bad.returncode == 1 and bad.stderr.startswith("error: nowhere: neither")
 
 

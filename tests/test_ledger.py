@@ -15,8 +15,9 @@ from conftest import ROOT
 from fake_judge import FAULTS
 
 from judging import ledger
-from judging.ledger import LEDGER, Ledger, cache_key, read_attempts, read_lines, totals
-from storage.files import append_line
+from judging.ledger import Ledger, cache_key, read_attempts, totals
+from storage.files import append_line, read_lines
+from storage.run_folder import Folder
 
 TRY = {"key": "k1", "model": "m", "served_model": "m-1", "endpoint": "http://x/v1", "draw": 0,
        "form": "scores", "attempt": 1, "outcome": "ok", "reply": "{}", "tokens_in": 900,
@@ -24,7 +25,7 @@ TRY = {"key": "k1", "model": "m", "served_model": "m-1", "endpoint": "http://x/v
 
 
 def test_a_kill_at_any_byte_costs_the_line_it_hit_and_nothing_else(tmp_path):
-    path = tmp_path / LEDGER
+    path = Folder(tmp_path).judge_cache
     append_line(path, TRY | {"reply": "{} é\ud800"})
     before = path.read_bytes()
     append_line(path, TRY | {"key": "k2"})
@@ -42,7 +43,7 @@ def test_a_kill_at_any_byte_costs_the_line_it_hit_and_nothing_else(tmp_path):
 
 
 def test_a_broken_line_elsewhere_is_an_error_with_its_place(tmp_path):
-    path = tmp_path / LEDGER
+    path = Folder(tmp_path).judge_cache
     for row in (TRY, TRY | {"key": "k2"}):
         append_line(path, row)
     first, second = path.read_bytes().splitlines(keepends=True)
@@ -52,7 +53,8 @@ def test_a_broken_line_elsewhere_is_an_error_with_its_place(tmp_path):
 
 
 def test_what_other_ranks_add_is_seen_and_the_first_of_two_replies_counts(tmp_path):
-    one, other = Ledger(tmp_path / LEDGER, start=1), Ledger(tmp_path / LEDGER, start=1)
+    path = Folder(tmp_path).judge_cache
+    one, other = Ledger(path, launch=1), Ledger(path, launch=1)
     one.add(TRY | {"reply": "first"})
     one.add(TRY | {"key": "k2", "outcome": "HTTP 500", "reply": None, "cost": None})
     other.add(TRY | {"reply": "second"})
@@ -61,7 +63,7 @@ def test_what_other_ranks_add_is_seen_and_the_first_of_two_replies_counts(tmp_pa
     assert one.calls == other.calls == 3 and one.cost == other.cost == 1.0
     other.give_up("no money")
     one.refresh()
-    assert one.stop == "no money" and Ledger(tmp_path / LEDGER, start=2).stop is None
+    assert one.stop == "no money" and Ledger(Folder(tmp_path).judge_cache, launch=2).stop is None
 
 
 def test_the_key_can_be_computed_again_from_the_line(tmp_path):
@@ -77,7 +79,7 @@ def test_totals_by_hand():
     tries += [TRY | {"key": "7"}, TRY | {"outcome": "HTTP 429", "attempt": 3, "cost": None,
               "tokens_in": None, "tokens_out": None}]  # fmt: skip
     t = totals(tries)
-    assert (t["calls"], t["judgements"], t["paid_twice"], t["most_tries"]) == (103, 101, 1, 3)
+    assert (t["calls"], t["judgements"], t["paid_twice"], t["most_attempts"]) == (103, 101, 1, 3)
     assert (t["tokens_in"], t["tokens_out"]) == (102 * 900, 102 * 40)
     assert (t["cost"], t["cost_unknown"], t["failed"]) == (51.0, 1, {"HTTP 429": 1})
     # 102 good ones: 0, 1, 2, 2, 3, ...: the median stands at place 50 or 51.
@@ -114,7 +116,7 @@ def test_two_processes_killed_and_started_again_lose_double_and_invent_nothing(
         p.wait()
     assert [p.wait(120) for p in start(tmp_path, fake_judge.url, answers, concurrency)] == [0, 0]
 
-    tries = list(read_attempts(tmp_path / LEDGER))
+    tries = list(read_attempts(Folder(tmp_path).judge_cache))
     good = [t for t in tries if t["outcome"] == "ok"]
     questions = [t["request"]["messages"][1]["content"] for t in good]
     assert len(good) == len(set(questions)) == answers, f"seed {seed}"  # none lost, none doubled

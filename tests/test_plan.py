@@ -10,10 +10,11 @@ from conftest import REQUESTS, make_tokenizer, small_args
 
 import cycle
 import plan
+from backend.footprint import disk, memory, this_machine
 from backend.policy import PolicyConfig
 from backend.sampler import EngineConfig
 from config import PRESETS, Config, parse
-from plan import check_options, describe, disk, memory, prepare, resolve, step_batches
+from plan import check_options, describe, prepare, resolve, step_batches
 
 
 def test_the_paper_preset_is_the_papers():
@@ -180,7 +181,7 @@ def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
     p = v * 128 + 2 * layer + 128
     # Inputs and outputs of q, k, v, o, gate, up, down; six vectors for the norms.
     kept = (128 + 128) + 2 * (128 + 64) + (128 + 128) + 3 * (128 + 128) + 6 * 128
-    got = memory(config, setup)
+    got = memory(config, setup.size, this_machine())
     margin = got.pop("margin")
     assert margin == pytest.approx(0.2 * (sum(got.values()) - got["sampler"]))
     assert got == {
@@ -200,17 +201,21 @@ def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
     assert 2 * 100 * v + 3 * 4 * 32 * v + 4 * v * 128 < got["head or layer at work"]
     wide = tiny(policy=dataclasses.replace(policy, micro_batch_tokens=820, head_tokens=5000))
     head = 2 * 820 * v + 3 * 4 * 32 * v  # longest row 820; all in one chunk, nothing added up
-    assert memory(wide, setup)["head or layer at work"] == max(head, 2 * 820 * 3 * kept)
-    halved = memory(tiny(policy=dataclasses.replace(policy, parameters="bfloat16")), setup)
+    assert memory(wide, setup.size, this_machine())["head or layer at work"] == max(
+        head, 2 * 820 * 3 * kept
+    )
+    halved = memory(
+        tiny(policy=dataclasses.replace(policy, parameters="bfloat16")), setup.size, this_machine()
+    )
     assert halved["AdamW"] == got["AdamW"] / 2 and halved["KL reference"] == got["KL reference"]
-    assert disk(config, setup) == {"checkpoints": 2 * 2 * p, "state": 3 * 4 * p}
+    assert disk(config, setup.size) == {"checkpoints": 2 * 2 * p, "state": 3 * 4 * p}
     # Cycle ends and, every step, checkpoint and state with optimiser and reference.
-    often = disk(tiny(save_every=1, keep_checkpoints=3), setup)
+    often = disk(tiny(save_every=1, keep_checkpoints=3), setup.size)
     assert often == {"checkpoints": 3 * 2 * p, "state": 3 * (4 + 8 + 4) * p}
 
 
 def test_a_full_disk_is_told_before(tiny, monkeypatch):
-    monkeypatch.setattr(plan, "disk_free", lambda folder: 1e5)
+    monkeypatch.setattr(plan.footprint, "disk_free", lambda folder: 1e5)
     with pytest.raises(ValueError, match="GB of disk and 0.0 GB are free; --keep_checkpoints"):
         prepare(tiny())
 

@@ -184,7 +184,9 @@ def test_a_local_vllm_server_as_judge(tmp_path, monkeypatch, judge_server):
     loop, turns = Background(), [{"role": "user", "content": "Why is the sky blue?"}]
 
     def judge(**options):
-        service = Service("local-judge", Endpoint(judge_server, **options), ClientConfig(tries=2))
+        service = Service(
+            "local-judge", Endpoint(judge_server, **options), ClientConfig(attempts=2)
+        )
         return LLMJudge(ChatClient(service, 4, Ledger(tmp_path / "ledger.jsonl")))
 
     async def ask(j):
