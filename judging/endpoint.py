@@ -170,8 +170,8 @@ class Service:
         if not (key := os.environ.get(self.key_variable)):
             raise ValueError(
                 f"judge {self.model} needs a key: set {self.key_variable} (any word for a local "
-                "server), or use --judge heuristic, an offline judge for trying out the code, whose "
-                "scores say nothing about a real judge's"
+                "server), or use --judge heuristic, an offline judge for trying out the code: "
+                "its scores say nothing about a real judge's"
             )
         return key
 
