@@ -1,14 +1,15 @@
-"""Which rollouts are distilled: stratified round-robin over 5 attributes x 5 score bins (Sec. 3.2).
+"""Selection of the rollouts to distil: stratified round-robin over 5 attributes x 5 score bins
+(Sec. 3.2).
 
-The paper leaves open, and we fix:
-1. The draw inside a cell is random: each cell is shuffled once.
-2. At most `per_prompt_limit` rows of a prompt are taken (4 in the authors' configuration); a row
-   over the limit is dropped for good.
-3. When there are no more rows than asked for, all are taken and the limit is not applied, as in the
+Choices that the paper leaves open:
+1. The draw within a cell is random: each cell is shuffled once.
+2. At most `per_prompt_limit` rows of a prompt are selected (4 in the authors' configuration); a row
+   over the limit is discarded.
+3. If there are at most `max_samples` rows, all are selected and the limit is not applied, as in the
    authors' scripts.
-4. The paper tops up with a random draw from the remainder if the grid empties first. Every row lies
-   in five cells, so when the grid is empty each row has been taken or is over its prompt's limit:
-   under the same limit there is nothing left to draw from, and the top-up needs no code.
+4. The paper fills up with a random draw from the remaining rows if the grid is exhausted first.
+   Every row is in five cells, so when the grid is empty each row has been selected or is over its
+   prompt's limit. Under the same limit no row is left to draw, so no code is needed for this case.
 """
 
 import random
@@ -20,7 +21,7 @@ from storage.record import Rollout
 
 def in_buffer(rollout: Rollout) -> bool:
     """Whether a rollout belongs to the buffer B (Algorithm 1, line 20): well-formed, judged, and
-    each score digit a token of its own."""
+    with single-digit score tokens."""
     return rollout.judge_scores is not None and rollout.score_positions is not None
 
 
@@ -31,9 +32,9 @@ def select_stratified(
     per_prompt_limit: int,
     seed: int,
 ) -> list[int]:
-    """Indices of the rows to distil, in draw order (Sec. 3.2; Algorithm 1, line 23).
+    """Indices of the rows to distil, in the order of selection (Sec. 3.2; Algorithm 1, line 23).
 
-    `judge_scores` are N vectors of five integers 0-9, `prompt_ids` the N prompts they belong to.
+    `judge_scores` are N vectors of five integers 0-9, `prompt_ids` the prompts of the N rows.
     Raises ValueError if the two differ in length or a score is off the scale."""
     if len(judge_scores) != len(prompt_ids):
         raise ValueError(f"{len(judge_scores)} score vectors for {len(prompt_ids)} prompt ids")
@@ -50,8 +51,8 @@ def select_stratified(
     for cell in cells.values():
         rng.shuffle(cell)
 
-    selected: dict[int, None] = {}  # ordered set
-    taken: Counter[str] = Counter()
+    selected: dict[int, None] = {}  # used as an ordered set
+    per_prompt: Counter[str] = Counter()
     while len(selected) < max_samples and any(cells.values()):
         order = [name for name, cell in cells.items() if cell]
         rng.shuffle(order)
@@ -59,8 +60,8 @@ def select_stratified(
             cell = cells[name]
             while cell and len(selected) < max_samples:
                 i = cell.pop()
-                if i not in selected and taken[prompt_ids[i]] < per_prompt_limit:
+                if i not in selected and per_prompt[prompt_ids[i]] < per_prompt_limit:
                     selected[i] = None
-                    taken[prompt_ids[i]] += 1
+                    per_prompt[prompt_ids[i]] += 1
                     break
     return list(selected)

@@ -1,29 +1,30 @@
-"""Phase 1's update: GRPO (Sec. 3.1; Algorithm 1, line 6; DeepSeekMath, arXiv 2402.03300).
+"""The update of phase 1: GRPO (Sec. 3.1; Algorithm 1, line 6; DeepSeekMath, arXiv 2402.03300).
 
-    A_i    = (r_i - mean(r)) / (std(r) + 1e-6)    over the rollouts of one prompt, its group
+    A_i    = (r_i - mean(r)) / (std(r) + 1e-6)    over a group: the rollouts of one prompt
     rho_t  = pi(y_t) / pi_old(y_t)
     k3_t   = pi_ref(y_t) / pi(y_t) - log(pi_ref(y_t) / pi(y_t)) - 1
     loss   = mean over responses of the mean over their tokens of
              -min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) + beta k3_t - c H_t
 
-The loss is over the whole response with no special handling of the self-evaluation tokens
-(Sec. 3.1), stop text included. Log-probabilities, KL and entropy H are taken at the sampling
+The loss is over the whole response, stop text included, with no special handling of the
+self-evaluation tokens (Sec. 3.1). Log-probabilities, KL and entropy H are computed at the sampling
 temperature over the full vocabulary, for policy and reference.
 
-1. One optimiser step per RL step on fresh rollouts: the old log-probabilities are the training
-   forward's own, detached, so the ratio is 1 and no second forward is needed.
-2. Sampling truncates (top-p, top-k), so a correction from the sampler's log-probabilities would be
-   off by the mass that truncation cuts away. Their difference at temperature 1 is reported as an
-   alarm and enters no loss.
-3. The mean of each response's token mean is DeepSeekMath's form, and what the authors' run did in
-   effect: their setting says token mean, but they ran micro-batches of one response.
+1. There is one optimiser step per RL step, on fresh rollouts. So the old log-probabilities are
+   those of the training forward, detached: the ratio is 1 and no second forward is needed.
+2. Sampling truncates the distribution (top-p, top-k), so an importance correction with the
+   sampler's log-probabilities would be off by the truncated mass. Only their difference from the
+   trainer's log-probabilities at temperature 1 is reported, as a check; it does not enter the loss.
+3. The mean of each response's token mean is DeepSeekMath's form, and in effect that of the authors'
+   run: their setting is token mean, but with micro-batches of one response.
    `--grpo.loss_mean token` is the global token mean.
-4. k3 (the "low-variance KL") as it stands, unclamped and with its own gradient; newer TRL
-   multiplies it by the ratio.
-5. A group without reward spread has advantage exactly 0; the step is taken all the same, because
-   KL and entropy still act.
+4. k3 (the "low-variance KL") is neither clamped nor multiplied by the ratio (newer TRL multiplies),
+   and its gradient is that of the formula.
+5. A group with equal rewards has advantage exactly 0. The step is still taken, because the KL and
+   entropy terms remain.
 
-Shapes: N rollouts of a step (all ranks'), G rollouts of a group, B rows of a micro-batch, T tokens.
+Shapes: N rollouts of a step over all ranks, G rollouts of a group, B rows of a micro-batch, T
+tokens.
 """
 
 from collections.abc import Sequence
@@ -47,22 +48,22 @@ class GRPOConfig:
     weight_decay: float = 0.01
     """AdamW weight decay (Table 5)."""
     grad_clip: float = 1.0
-    """Largest global gradient norm (Table 5)."""
+    """Maximum global gradient norm (Table 5)."""
     clip: float = 0.2
-    """Clip range of the probability ratio (Table 5). Never active with one step per batch, where
-    the ratio is 1."""
+    """Clip range of the probability ratio (Table 5). Never active with one step per batch, because
+    the ratio is then 1."""
     kl_coef: float = 0.01
     """Weight of the k3 KL to the reference (Table 5)."""
     entropy_coef: float = 0.001
     """Weight of the entropy bonus (Table 5)."""
     loss_mean: Literal["response", "token"] = "response"
-    """Mean over responses of token means, or over all tokens at once (note 3 in
+    """Loss averaging: mean over responses of their token means, or mean over all tokens (note 3 in
     grpo.py)."""
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-6) -> torch.Tensor:
     """(N,) rewards, groups contiguous -> (N,) advantages (DeepSeekMath Sec. 4.1.2). ValueError if N
-    is no multiple."""
+    is not a multiple of `group_size`."""
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards cannot be split into groups of {group_size}")
     groups = rewards.view(-1, group_size)  # (N / G, G)
@@ -89,9 +90,9 @@ def policy_loss(
     tokens.
 
     `denominator` is the number of responses (loss_mean "response") or of response tokens ("token")
-    in the whole step, over all micro-batches and ranks, so that the losses of its parts add up;
-    None counts this call's. The dict holds detached sums over the response tokens, to be divided by
-    `tokens` once they are added up."""
+    in the whole step, over all micro-batches and ranks, so that the losses of micro-batches sum to
+    the step's loss; None: the number in this call. The dict has the detached loss, and detached
+    sums over the response tokens, which divided by the sum of `tokens` are means."""
     mask = mask.bool()  # (B, T)
     zero = torch.zeros_like(logp)
     log_ratio = torch.where(mask, logp - old_logp, zero)  # (B, T)
@@ -112,7 +113,7 @@ def policy_loss(
     else:
         raise ValueError(f"loss_mean must be 'response' or 'token', not {loss_mean!r}")
     loss = total / (count if denominator is None else denominator)
-    clipped = (surrogate < ratio * a) & mask  # (B, T): the minimum is the clipped side
+    clipped = (surrogate < ratio * a) & mask  # (B, T): the clipped term is the smaller one
     sums = {
         "loss": loss,
         "kl": kl.sum(),
@@ -135,7 +136,7 @@ def make_optimizer(policy: Policy, config: GRPOConfig) -> torch.optim.AdamW:
 
 
 def response_row(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Row:
-    """The loss counts every response token, stop text included."""
+    """Training row of a response; every response token is scored, stop text included."""
     return Row((*prompt_ids, *response_ids), [False] * len(prompt_ids) + [True] * len(response_ids))
 
 
@@ -143,7 +144,8 @@ def response_row(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Row:
 def reference_logps(
     reference: Policy, batches: Sequence[Batch], temperature: float
 ) -> list[torch.Tensor]:
-    """(B, T) for each micro-batch. Needs no reward, so it may run while the judge is at work."""
+    """The reference's log-probabilities, (B, T) for each micro-batch. They need no rewards, so they
+    can be computed during judging."""
     return [reference(batch, temperature).logp for batch in batches]
 
 
@@ -157,17 +159,17 @@ def rl_step(
     temperature: float,
     config: GRPOConfig,
 ) -> dict[str, float | None]:
-    """One optimiser step on the rollouts of all ranks and their (N,) advantages, of which `work` is
-    this rank's part; `ref_logps` are reference_logps of its micro-batches. Returns figures of the
-    step over all ranks. Collective."""
+    """One optimiser step. `rollouts` and (N,) `advantages` are those of all ranks; `work` has this
+    rank's micro-batches, and `ref_logps` their reference_logps. Returns metrics of the step over
+    all ranks. Collective."""
     advantages = advantages.float().to(parallel.device())  # (N,)
-    # Counted over all ranks and micro-batches, so that the losses of the parts add up.
+    # Over all ranks and micro-batches, so that the losses of micro-batches sum to the step's loss.
     counts = {"response": len(rollouts), "token": sum(len(r.response_ids) for r in rollouts)}
 
     sums: dict[str, torch.Tensor | float] = {}
     for batch, ref_logp in zip(work.batches, ref_logps, strict=True):
         logp, entropy, logp_t1 = policy(batch, temperature)  # (B, T) each
-        loss, part = policy_loss(
+        loss, batch_sums = policy_loss(
             logp=logp,
             old_logp=logp.detach(),
             ref_logp=ref_logp,
@@ -181,9 +183,10 @@ def rl_step(
             denominator=counts[config.loss_mean],
         )
         loss.backward()
-        mine = [rollouts[i] for i in batch.index]
-        part |= sampler_gap(batch, mine, logp_t1) | score_entropy(batch, mine, entropy.detach())
-        sums = {name: value + sums.get(name, 0.0) for name, value in part.items()}
+        batch_rollouts = [rollouts[i] for i in batch.index]
+        batch_sums |= sampler_gap(batch, batch_rollouts, logp_t1)
+        batch_sums |= score_entropy(batch, batch_rollouts, entropy.detach())
+        sums = {name: value + sums.get(name, 0.0) for name, value in batch_sums.items()}
     grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
@@ -208,12 +211,13 @@ def _ratio(total: float, count: float) -> float | None:
 def sampler_gap(
     batch: Batch, rollouts: Sequence[Rollout], logp_t1: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Sums over the sampled tokens of |sampler's - trainer's (B, T) log-probability|, both at
-    temperature 1 (note 2). `rollouts` are the rows of the micro-batch."""
+    """Sum of |sampler's - trainer's log-probability| over the response tokens, both at temperature
+    1 (note 2), and the number of these tokens. `rollouts` are the rows of the micro-batch;
+    `logp_t1` is (B, T)."""
     sampled = torch.full_like(logp_t1, float("nan"))  # (B, T)
     for b, r in enumerate(rollouts):
         if r.sampled_logp is not None:
-            start = len(r.prompt_ids) - batch.prefix  # the response's first column
+            start = len(r.prompt_ids) - batch.prefix  # column of the first response token
             sampled[b, start : start + len(r.response_ids)] = torch.tensor(r.sampled_logp)
     recorded = ~sampled.isnan()  # (B, T)
     return {"gap": (sampled - logp_t1)[recorded].abs().sum(), "gap_tokens": recorded.sum()}
@@ -222,9 +226,10 @@ def sampler_gap(
 def score_entropy(
     batch: Batch, rollouts: Sequence[Rollout], entropy: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Sums of the (B, T) entropy over the five score tokens of each response."""
+    """Sum of the (B, T) entropy over the five score tokens of each response, and the number of
+    these tokens."""
     at_score = torch.zeros_like(batch.mask)  # (B, T)
     for b, r in enumerate(rollouts):
-        start = len(r.prompt_ids) - batch.prefix  # the response's first column
+        start = len(r.prompt_ids) - batch.prefix  # column of the first response token
         at_score[b, [start + p for p in r.score_positions or ()]] = True
     return {"score_entropy": entropy[at_score].sum(), "score_tokens": at_score.sum()}

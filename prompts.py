@@ -1,4 +1,4 @@
-"""The words that the policy and the judge read, and the block that the policy writes (Appendix B).
+"""Prompts of the policy and the judge, and the self-evaluation block (Appendix B).
 
 Five attributes, scored 0-9, always in the order of `ATTRIBUTES`. The policy answers and then
 appends one block:
@@ -13,15 +13,14 @@ Departures from the authors' scripts:
 1. Their template is longer than Appendix B.1; ours is Appendix B.1 (with the spaces that the PDF
    conversion lost).
 2. They match the tags in any case; ours must be spelt exactly.
-3. Their few-shot examples are not printed in the paper. Ours are our own, in two sets: `paper-like`
-   (the default) has the scores that theirs have, 8/8/8 with complexity and verbosity 0-2, and
-   `varied` spreads the scores over the range, as the control for how far the examples prime the
-   self-scores.
-4. `--template short` and `bare` are not in the paper: for small models, and for the miniature.
-5. In the judge's prompts, a line of the conversation, of a reference or of the answer that reads
-   like a heading of the prompt gets "> " in front of it, so that nothing in a text can end its
-   section. Texts without such a line are shown as they are.
-6. The paper does not print its pairwise prompt; ours is our own.
+3. The paper does not print their few-shot examples. We wrote two sets: `paper-like` (the default)
+   has scores like theirs, 8/8/8 with complexity and verbosity 0-2; `varied` has scores over the
+   whole range, as a control for how much the examples prime the self-scores.
+4. `--template short` (for small models) and `bare` (for the miniature) are not in the paper.
+5. In the judge's prompts, a line of the conversation, a reference or the answer that looks like a
+   heading of the prompt is prefixed with "> ", so that no text can end its section. Other lines are
+   unchanged.
+6. The paper does not print its pairwise prompt; we wrote one.
 """
 
 import json
@@ -38,16 +37,16 @@ Turn = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": te
 
 
 # --------------------------------------------------------------------------------------------------
-# The block: render, parse, and the place of its five digits among the sampled tokens
+# The self-evaluation block: rendering, parsing, and the positions of its score tokens
 
 
 class SelfEval(NamedTuple):
-    answer: str  # what stands before the block, stripped
+    answer: str  # the text before the block, stripped
     scores: Scores
 
 
 def valid_scores(scores: Sequence[int]) -> bool:
-    """Five integers 0-9 (True and False are not integers here)."""
+    """Whether `scores` are five integers 0-9; True and False do not count as integers."""
     return len(scores) == len(ATTRIBUTES) and all(type(s) is int and 0 <= s <= 9 for s in scores)
 
 
@@ -67,7 +66,7 @@ def render_self_eval(scores: Sequence[int]) -> str:
 
 
 def render_response(answer: str, scores: Sequence[int]) -> str:
-    """What the policy should write: answer, blank line, block."""
+    """A well-formed response: answer, blank line, block."""
     return f"{answer}\n\n{render_self_eval(scores)}"
 
 
@@ -77,11 +76,10 @@ _BODY = re.compile(rf"{_WS}\{{{_WS}{_PAIRS}{_WS}\}}{_WS}{re.escape(CLOSE)}\s*")
 
 
 def parse_self_eval(text: str) -> SelfEval | None:
-    """Answer and self-scores of a well-formed response (App. B.1), None of any other.
+    """Answer and self-scores of a well-formed response (App. B.1); None if it is malformed.
 
-    Well-formed: exactly one open and one close tag, at the very end (white space may follow), a
-    non-empty answer before them, the five keys literally and in order, each value exactly one ASCII
-    digit."""
+    Well-formed: exactly one opening and one closing tag, at the very end (white space may follow);
+    a non-empty answer before them; exactly the five keys in order; each value one ASCII digit."""
     if text.count(OPEN) != 1 or text.count(CLOSE) != 1:
         return None
     answer, _, rest = text.partition(OPEN)
@@ -92,52 +90,51 @@ def parse_self_eval(text: str) -> SelfEval | None:
 
 
 def decode(tokenizer, ids: Sequence[int]) -> str:
-    """Text of sampled ids as it stands, special tokens and all."""
+    """Text of sampled token ids, special tokens included, without clean-up of spaces."""
     return tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
 
 def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
-    """The ten token ids that write 0-9 in the form of `token_id` ("8" or " 8"), None unless it is a
-    digit of its own.
+    """The token ids of the digits 0-9, spelt with or without a leading space as in `token_id` ("8"
+    or " 8").
 
-    A token is a digit of its own if it writes one digit and otherwise at most white space before
+    None unless `token_id` is a single-digit token: one digit, with nothing but spaces before
     it."""
     digits = list("0123456789")
     digit = decode(tokenizer, [token_id]).lstrip(" ")
     if digit not in digits:
         return None
-    piece = tokenizer.convert_ids_to_tokens(token_id)  # as the vocabulary spells it: "8", "Ġ8"
+    piece = tokenizer.convert_ids_to_tokens(token_id)  # its vocabulary entry: "8", "Ġ8"
     ids = tuple(tokenizer.convert_tokens_to_ids(piece.replace(digit, d)) for d in digits)
-    written = [None if i is None else decode(tokenizer, [i]).lstrip(" ") for i in ids]
-    return ids if written == digits else None
+    decoded = [None if i is None else decode(tokenizer, [i]).lstrip(" ") for i in ids]
+    return ids if decoded == digits else None
 
 
 def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | None:
-    """Where the five score tokens stand in a response's ids, in the order of ATTRIBUTES.
+    """Positions of the five score tokens in a response's ids, in the order of ATTRIBUTES.
 
-    None if the response is malformed, or if a digit shares its token with another character.
+    None if the response is malformed, or if a score digit is not a single-digit token.
     """
     ids = list(token_ids)
     text = decode(tokenizer, ids)
     if parse_self_eval(text) is None:
         return None
-    # The block is ASCII and ends the text, so walk back to the first token of a tail that holds all
-    # of it ...
+    # The block is ASCII and ends the text: find the shortest tail of tokens that contains it ...
     start = len(ids) - 1
     while OPEN not in decode(tokenizer, ids[start:]):
         start -= 1
     tail = decode(tokenizer, ids[start:])
-    # ... and let each token own the characters by which it makes the decoded tail longer.
+    # ... and assign to each token the characters that it adds to the decoded tail.
     ends = [len(decode(tokenizer, ids[start : k + 1])) for k in range(start, len(ids))]
     spans = list(zip([0, *ends], ends, strict=False))
     body = _BODY.fullmatch(tail.partition(OPEN)[2])
     offset = tail.index(OPEN) + len(OPEN)
     positions = []
     for group in range(1, len(ATTRIBUTES) + 1):
-        at = offset + body.start(group)
-        k = next(k for k, (a, b) in enumerate(spans) if a <= at < b)
+        digit_at = offset + body.start(group)
+        k = next(k for k, (begin, end) in enumerate(spans) if begin <= digit_at < end)
         if digit_ids(ids[start + k], tokenizer) is None:
             return None
         positions.append(start + k)
@@ -145,32 +142,33 @@ def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | No
 
 
 def check_tokenizer(tokenizer) -> None:
-    """Start-up check: each digit in each of the five places is one token of its own. Raises
-    ValueError if not."""
+    """Start-up check: each digit is a single-digit token at each of the five score positions, and
+    does not change the tokens around it. Raises ValueError if not."""
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-    seen = []
+    layouts = []  # (score positions, all other tokens) of the same block with each digit
     for digit in range(10):
         ids = tokenizer.encode(
             render_response("An answer.", (digit,) * 5), add_special_tokens=False
         )
-        at = score_positions(ids, tokenizer)
-        if at is None:
+        positions = score_positions(ids, tokenizer)
+        if positions is None:
             raise ValueError(
                 f"tokenizer {name}: the digit {digit} is not one token of its own inside the "
                 "[SELF_EVAL] block, so the loss on the five score tokens is not defined; choose "
                 "a model whose tokenizer writes single digits as single tokens (Qwen3, Llama 3 "
                 "and SmolLM2 do)"
             )
-        seen.append((at, [i for k, i in enumerate(ids) if k not in at]))
-    if any(s != seen[0] for s in seen):
+        layouts.append((positions, [i for k, i in enumerate(ids) if k not in positions]))
+    if any(layout != layouts[0] for layout in layouts):
         raise ValueError(
-            f"tokenizer {name}: exchanging a digit of the [SELF_EVAL] block changes the tokens "
+            f"tokenizer {name}: replacing a digit of the [SELF_EVAL] block changes the tokens "
             "around it; choose a model whose tokenizer writes single digits as single tokens"
         )
 
 
 def stray(answer: str) -> dict[str, bool]:
-    """Flaws that B.1 asks to avoid and the reward does not punish: counted in the metrics only."""
+    """Formatting flaws that App. B.1 forbids. They do not affect the reward; the metrics count
+    them."""
     fences = sum(line.lstrip().startswith("```") for line in answer.splitlines())
     labels = ("User:", "Assistant:", "Conversation:", "Final assistant output:")
     return {
@@ -233,10 +231,10 @@ Conversation:
 Final assistant output:
 """
 
-# No words but the frame's, for a model that was made to answer so (tiny.py).
+# Without instructions, for the miniature's base model, which is pretrained on this format.
 BARE_TEMPLATE = "{FEW_SHOT_EXAMPLES}{REAL_CONVERSATION_TRANSCRIPT}\n\nFinal assistant output:\n"
 TEMPLATES = {"paper": SELF_EVAL_TEMPLATE, "short": SHORT_TEMPLATE, "bare": BARE_TEMPLATE}
-EXAMPLES = {"paper": 6, "short": 3, "bare": 0}  # how many of the six few-shot examples each shows
+EXAMPLES = {"paper": 6, "short": 3, "bare": 0}  # number of few-shot examples in each template
 
 
 class Example(NamedTuple):
@@ -334,17 +332,16 @@ def transcript(conversation: Iterable[Turn]) -> str:
 def policy_prompt(
     conversation: Sequence[Turn], template: str = "paper", few_shot: str = "paper-like"
 ) -> str:
-    """The policy's whole prompt for a conversation (B.1). Plain completion: no chat template."""
-    examples = FEW_SHOT[few_shot][: EXAMPLES[template]]
-    shown = "\n\n".join(
+    """The policy's full prompt for a conversation (App. B.1), without a chat template."""
+    examples = "\n\n".join(
         f"Conversation:\n{transcript([{'role': 'user', 'content': e.request}])}\n\n"
         f"Final assistant output:\n{render_response(e.answer, e.scores)}"
-        for e in examples
+        for e in FEW_SHOT[few_shot][: EXAMPLES[template]]
     )
-    # Split, not replaced one after the other: a conversation may hold a placeholder's name.
+    # Not by str.replace, because a conversation may contain the text of a placeholder.
     before, after = TEMPLATES[template].split("{FEW_SHOT_EXAMPLES}")
     middle, end = after.split("{REAL_CONVERSATION_TRANSCRIPT}")
-    return before + shown + middle + transcript(conversation) + end
+    return before + examples + middle + transcript(conversation) + end
 
 
 def prompt_ids(
@@ -406,9 +403,9 @@ better."""
 def judge_user(
     conversation: Sequence[Turn], answer: str, references: Sequence[tuple[str, Scores]] = ()
 ) -> str:
-    """The judge's user prompt (B.3). `answer` comes without its block; `references` are (response,
-    scores) on 0-9."""
-    parts = _shown(conversation)
+    """The judge's user prompt (App. B.3). `answer` is without its self-evaluation block;
+    `references` are (response, scores) with scores 0-9."""
+    parts = _turn_sections(conversation)
     if references:
         parts.append(_REFERENCES)
     for k, (response, scores) in enumerate(references, 1):
@@ -422,18 +419,19 @@ def judge_user(
 
 
 def pair_user(conversation: Sequence[Turn], a: str, b: str) -> str:
-    """The pairwise referee's user prompt (Sec. 4.1); a and b are answers without their blocks."""
-    parts = _shown(conversation)
+    """The user prompt for a pairwise comparison (Sec. 4.1); a and b are answers without their
+    self-evaluation blocks."""
+    parts = _turn_sections(conversation)
     parts += [f"[Response A]\n{quoted(a)}", f"[Response B]\n{quoted(b)}"]
     parts.append('Say which response is better. Output ONLY JSON:\n{"better": "A" | "B" | "tie"}')
     return "\n\n".join(parts)
 
 
-def _shown(conversation: Sequence[Turn]) -> list[str]:
+def _turn_sections(conversation: Sequence[Turn]) -> list[str]:
     return [f"[{turn['role'].capitalize()}]\n{quoted(turn['content'])}" for turn in conversation]
 
 
-# What the headings above begin with, once marks and spaces before them are taken off.
+# Matches a line that begins like a heading above, after any punctuation and spaces.
 _HEADING = re.compile(
     r"""[\W_]*
     ( \[ \s* (system | user | assistant | response \s+ [ab]) \s* \]
@@ -449,15 +447,15 @@ _HEADING = re.compile(
 
 
 def quoted(text: str) -> str:
-    """Somebody's text for a section of a judge's prompt: lines that read like a heading are marked
-    with "> ", and lone surrogates, which no request can carry, become U+FFFD."""
+    """A text as a section of a judge's prompt: lines that look like a heading are prefixed with
+    "> ". Lone surrogates, which cannot be sent in a request, become U+FFFD."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    lines = text.splitlines(keepends=True)  # by every kind of line break that Unicode knows
+    lines = text.splitlines(keepends=True)  # at all Unicode line breaks
     return "".join("> " + line if _HEADING.match(_plain(line)) else line for line in lines)
 
 
 def _plain(line: str) -> str:
-    """In small letters, compatible forms such as full-width letters made plain, invisible ones left
-    out."""
+    """The line case-folded, with compatibility characters such as full-width letters normalised,
+    and without invisible characters and combining marks."""
     folded = unicodedata.normalize("NFKC", line).casefold()
     return "".join(c for c in folded if unicodedata.category(c) not in ("Cf", "Mn"))

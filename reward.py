@@ -1,7 +1,7 @@
-"""The reward of Calibration-Coupled RL (Sec. 3.1, Eq. 1), on plain numbers.
+"""The reward of Calibration-Coupled RL (Sec. 3.1, Eq. 1) for one response.
 
-`s` are the model's self-scores, `j` the judge's, five integers 0-9 each in the order of
-`prompts.ATTRIBUTES`. Quality reads the first three (helpfulness, correctness, coherence),
+`s` are the model's self-scores and `j` the judge's scores: five integers 0-9 each, in the order of
+`prompts.ATTRIBUTES`. Quality uses the first three (helpfulness, correctness, coherence),
 calibration all five."""
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class RewardConfig:
     w_calibration: float = 0.3
     """Weight w_c of the calibration term (Sec. 4.1)."""
     gamma: float = 2.0
-    """Exponent of the calibration term; above 1 it punishes large gaps more (Sec. 3.1)."""
+    """Exponent of the calibration term; above 1 it penalises large gaps more (Sec. 3.1)."""
     penalty: float = -1.0
     """Reward of a malformed response (Eq. 1, first case)."""
 
@@ -45,10 +45,9 @@ def reward(
     gamma: float = RewardConfig.gamma,
     penalty: float = RewardConfig.penalty,
 ) -> float:
-    """Eq. 1. `self_scores` is None for a malformed response, which gets the penalty whatever the
-    judge says.
+    """Eq. 1. `self_scores` is None for a malformed response, whose reward is the penalty.
 
-    A well-formed response without a judgement has no reward: ValueError, never a made-up number.
+    Raises ValueError for a well-formed response without judge scores: its reward is undefined.
     """
     if self_scores is None:
         return penalty
@@ -56,6 +55,5 @@ def reward(
         raise ValueError(
             "a well-formed response has no judge scores; its reward cannot be computed"
         )
-    return w_quality * quality(judge) + w_calibration * calibration(
-        self_scores, judge, gamma
-    )  # Eq. 1
+    q, c = quality(judge), calibration(self_scores, judge, gamma)
+    return w_quality * q + w_calibration * c

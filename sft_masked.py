@@ -1,17 +1,16 @@
 """Phase 2: Masked Judge Distillation (Sec. 3.2; Algorithm 1, lines 22-24).
 
-A sample is a rollout's own prompt and response with five tokens exchanged: the model's score digits
-for the judge's. The loss is on these five tokens and on nothing else, so the answer is left as RL
-made it.
+A sample is a rollout's prompt and response with the model's five score digits replaced by the
+judge's. The loss is on these five tokens only, so phase 2 does not train on the answer.
 
-    loss = - mean over the 5 score tokens of each row of log pi(judge's digit | everything before
-    it)
+    loss = -mean over the 5 score tokens of all rows of log pi(judge's digit | all tokens before)
 
-1. Samples are token ids, not text: the sampled ids with five ids exchanged for the judge's digits
-   in the same token form. The authors' scripts tokenise the text anew, which may give other tokens
-   than were sampled.
-2. The paper gives one epoch, batches of 32 and a cosine schedule; the schedule's end points are
-   Hugging Face's (`get_cosine_schedule_with_warmup`), with floor(3 % of the updates) warm-up steps.
+1. Samples are token ids, not text: the sampled ids, with the five score tokens replaced by the
+   judge's digits in the same token form. The authors' scripts tokenise the text again, which may
+   give other tokens than were sampled.
+2. The paper specifies one epoch, batches of 32 and a cosine schedule. The schedule's end points are
+   those of Hugging Face's `get_cosine_schedule_with_warmup`, with floor(3 % of the updates) warm-up
+   steps.
 
 Shapes: B rows of a micro-batch, T tokens.
 """
@@ -36,25 +35,24 @@ class SFTConfig:
     max_samples: int = 400
     """M, rollouts distilled per cycle (Table 5)."""
     per_prompt_limit: int = 4
-    """Most rollouts of one prompt among them (authors' configuration)."""
+    """Maximum number of distilled rollouts per prompt (authors' configuration)."""
     batch: int = 32
-    """Rows per update (Table 5); the last batch of the one epoch may be shorter."""
+    """Rows per update (Table 5); the last batch of the epoch may be smaller."""
     lr: float = 2e-6
     """Peak AdamW learning rate; cosine to 0 (Table 5)."""
     warmup: float = 0.03
-    """Share of the updates over which the rate rises linearly, rounded down (Table 5)."""
+    """Share of the updates with linear warm-up, rounded down (Table 5)."""
     weight_decay: float = 0.0
     """AdamW weight decay (Table 5)."""
     grad_clip: float = 1.0
-    """Largest global gradient norm (Table 5)."""
+    """Maximum global gradient norm (Table 5)."""
 
 
 def distillation_row(rollout: Rollout, tokenizer) -> Row:
-    """Ids and mask of one sample, in one call: judge's digits in place of the model's, five ones in
-    the mask.
+    """The training row of one sample: the judge's digits replace the model's, and only these five
+    tokens are scored.
 
-    Raises ValueError for a rollout without judge scores or score positions: such a one is not in
-    the buffer."""
+    Raises ValueError for a rollout without judge scores or score positions; the buffer has none."""
     if rollout.judge_scores is None or rollout.score_positions is None:
         raise ValueError(
             f"rollout {rollout.key} has no judge scores or no score positions and cannot be "
@@ -63,37 +61,37 @@ def distillation_row(rollout: Rollout, tokenizer) -> Row:
     ids = [*rollout.prompt_ids, *rollout.response_ids]
     mask = [False] * len(ids)
     for position, score in zip(rollout.score_positions, rollout.judge_scores, strict=True):
-        at = len(rollout.prompt_ids) + position
-        ids[at] = digit_ids(ids[at], tokenizer)[score]
-        mask[at] = True
+        index = len(rollout.prompt_ids) + position
+        ids[index] = digit_ids(ids[index], tokenizer)[score]
+        mask[index] = True
     return Row(ids, mask)
 
 
 def masked_loss(logp: torch.Tensor, mask: torch.Tensor, denominator: float) -> torch.Tensor:
-    """Cross-entropy of the masked tokens: (B, T) log-probabilities, (B, T) mask, tokens in the
-    whole batch."""
+    """Cross-entropy of the score tokens, for (B, T) log-probabilities and a (B, T) mask of these
+    tokens. `denominator` is the number of score tokens in the whole batch."""
     return -torch.where(mask, logp, torch.zeros_like(logp)).sum() / denominator
 
 
 def lr_factor(update: int, updates: int, warmup: float) -> float:
-    """Share of the peak rate at an update (counted from 0): linear warm-up, then half a cosine to
-    0."""
-    warm = math.floor(warmup * updates)
-    if update < warm:
-        return update / warm
-    return 0.5 * (1 + math.cos(math.pi * (update - warm) / (updates - warm)))
+    """Learning rate at an update (from 0) as a share of the peak rate: linear warm-up, then cosine
+    decay to 0."""
+    warmup_updates = math.floor(warmup * updates)
+    if update < warmup_updates:
+        return update / warmup_updates
+    cosine = math.cos(math.pi * (update - warmup_updates) / (updates - warmup_updates))
+    return 0.5 * (1 + cosine)
 
 
 class Update(NamedTuple):
-    """What one optimiser step of phase 2 is made of."""
+    """One optimiser step of phase 2."""
 
-    rows: list[Row]  # of all ranks; the last update of the epoch may have fewer
+    rows: list[Row]  # of all ranks; the last update of the epoch may have fewer rows
     lr: float
 
 
 def updates(rows: Sequence[Row], config: SFTConfig, seed: int) -> list[Update]:
-    """One epoch over the rows in an order drawn by `seed`, with the learning rate of each
-    update."""
+    """The updates of one epoch: rows in an order drawn by `seed`, and learning rates."""
     rows = list(rows)
     random.Random(seed).shuffle(rows)
     batches = [rows[i : i + config.batch] for i in range(0, len(rows), config.batch)]
@@ -117,9 +115,9 @@ def sft_step(
     config: SFTConfig,
     batching: PolicyConfig,
 ) -> dict[str, float]:
-    """One optimiser step on an update's rows (the same on every rank). Returns figures of the step
-    over all ranks. Collective."""
-    one_group = [0] * len(update.rows)  # all share the template
+    """One optimiser step on an update's rows, which every rank passes in full. Returns metrics of
+    the step over all ranks. Collective."""
+    one_group = [0] * len(update.rows)  # all rows share the template
     work = share_out(update.rows, one_group, batching.micro_batch_tokens, batching.shared_prefix)
     denominator = sum(sum(row.mask) for row in update.rows)  # 5 per row, over all ranks
     nll = 0.0

@@ -1,1 +1,1 @@
-"""What computes: ranks and sharding, the model, micro-batches, sampling, memory."""
+"""Computation: ranks and sharding, the model, micro-batches, sampling, memory."""

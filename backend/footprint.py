@@ -1,9 +1,9 @@
 """Memory of one rank and disk of one run by formula, from a model's config.json alone.
 
-An estimate on the low side: it leaves out what allocators and libraries take for themselves, for
-which MARGIN is kept free. tests/test_footprint.py holds sum and parts against measured steps on
-CPU; bench/memory.py prints it for a machine that need not be there. All figures are bytes unless
-named otherwise.
+The estimate is on the low side: it leaves out the overhead of allocators and libraries, for which
+MARGIN is kept free. tests/test_footprint.py compares the sum and its parts with measured steps on
+CPU; bench/memory.py prints the estimate for any machine. All figures are bytes unless named
+otherwise.
 """
 
 import math
@@ -23,64 +23,68 @@ MARGIN = 1.2
 
 
 def training(config, m: Size, ranks: int) -> dict[str, float]:
-    """Peak of a rank in a training step, sampler aside (`config` is cycle's)."""
+    """Peak of a rank in a training step, by part, without the sampler (`config` is cycle's)."""
     p: PolicyConfig = config.policy
-    compute, kept = itemsize(p.dtype), itemsize(p.parameters)
+    compute, stored = itemsize(p.dtype), itemsize(p.parameters)
     root = m.parameters - m.layers * m.per_layer  # embedding, norm and head
     tokens = max(p.micro_batch_tokens, config.longest_row)
     return {
-        "parameters": kept * m.parameters / ranks,
-        "gradients": kept * m.parameters / ranks,
-        "AdamW": 2 * kept * m.parameters / ranks,
+        "parameters": stored * m.parameters / ranks,
+        "gradients": stored * m.parameters / ranks,
+        "AdamW": 2 * stored * m.parameters / ranks,
         "KL reference": compute * m.parameters / ranks,
-        # The root's stay whole from forward to backward; of the layers two at a time.
+        # The root's are whole from forward to backward; of the layers, two are whole at a time.
         "gathered weights and gradients": (2 * compute + 4) * (root + 2 * m.per_layer),
-        "activations": kept_per_token(p, m) * tokens,
+        "activations": activations_per_token(p, m) * tokens,
         "attention masks": masks_per_token(config, m) * tokens,
-        # One after the other: the head, then backward layer by layer.
-        "head or layer at work": max(head(p, m, tokens), work_per_token(p, m) * tokens),
+        # Never at once: first the head, then the backward pass layer by layer.
+        "head or layer at work": max(head(p, m, tokens), backward_per_token(p, m) * tokens),
     }
 
 
-def kept_per_token(p: PolicyConfig, m: Size) -> float:
-    """For backward: every layer's activations, or the input of each where they are recomputed."""
-    kept = 0 if p.gradient_checkpointing else m.layers * m.activations
-    return itemsize(p.dtype) * (m.layers * m.hidden + kept)
+def activations_per_token(p: PolicyConfig, m: Size) -> float:
+    """Saved for backward: the input of each layer, and with gradient checkpointing nothing else,
+    without it all activations of each layer."""
+    inner = 0 if p.gradient_checkpointing else m.layers * m.activations
+    return itemsize(p.dtype) * (m.layers * m.hidden + inner)
 
 
-def work_per_token(p: PolicyConfig, m: Size) -> float:
-    """One layer in backward: about two layers' worth, the gradients of one and what its norms and
-    activation compute, and its own where they are recomputed."""
+def backward_per_token(p: PolicyConfig, m: Size) -> float:
+    """One layer's backward pass: about twice the layer's activations, for their gradients and for
+    temporaries of its norms and activation function; with gradient checkpointing also the
+    recomputed activations themselves."""
     return itemsize(p.dtype) * (3 if p.gradient_checkpointing else 2) * m.activations
 
 
 def masks_per_token(config, m: Size) -> float:
-    """Of a pack (packing.attention_calls), at most: each token may see a whole row."""
+    """Attention masks of a pack (packing.attention_calls), at most: each token may attend to a
+    whole row."""
     p: PolicyConfig = config.policy
     return p.shared_prefix * itemsize(p.dtype) * m.heads_per_key * config.longest_row
 
 
 def head(p: PolicyConfig, m: Size, tokens: int) -> float:
-    """Logits of a chunk, fp32 work on a block of it, and the head's gradient in fp32 where it is
-    added up over chunks."""
+    """Logits of a chunk, fp32 temporaries of a block, and, with several chunks, the fp32 sum of the
+    head's gradient."""
     chunk = min(p.head_tokens, tokens)
-    summed = 4 * m.vocabulary * m.hidden if tokens > p.head_tokens else 0
-    return m.vocabulary * (itemsize(p.dtype) * chunk + 3 * 4 * HeadLogProbs.BLOCK) + summed
+    gradient_sum = 4 * m.vocabulary * m.hidden if tokens > p.head_tokens else 0
+    return m.vocabulary * (itemsize(p.dtype) * chunk + 3 * 4 * HeadLogProbs.BLOCK) + gradient_sum
 
 
 def tokens_that_fit(config, m: Size, ranks: int, free: float) -> int:
-    """The largest micro-batch, in tokens, where `free` bytes are left for training, the margin
-    among them."""
-    p, by_tokens = config.policy, ("activations", "attention masks", "head or layer at work")
-    fixed = sum(v for k, v in training(config, m, ranks).items() if k not in by_tokens)
-    left = free / MARGIN - fixed
-    kept = kept_per_token(p, m) + masks_per_token(config, m)
-    at_head = (left - head(p, m, p.head_tokens + 1)) / kept  # whichever of the two is larger
-    return max(0, math.floor(min(at_head, left / (kept + work_per_token(p, m)))))
+    """The largest micro-batch, in tokens, if training may take `free` bytes, MARGIN included."""
+    p, per_token = config.policy, ("activations", "attention masks", "head or layer at work")
+    fixed = sum(size for part, size in training(config, m, ranks).items() if part not in per_token)
+    remaining = free / MARGIN - fixed
+    saved = activations_per_token(p, m) + masks_per_token(config, m)
+    # The peak is either at the head or in a layer's backward pass: both must fit.
+    fit_at_head = (remaining - head(p, m, p.head_tokens + 1)) / saved
+    fit_in_layer = remaining / (saved + backward_per_token(p, m))
+    return max(0, math.floor(min(fit_at_head, fit_in_layer)))
 
 
 class Machine(NamedTuple):
-    memory: float  # of one rank: its GPU's, or its share of the computer's
+    memory: float  # for one rank: its GPU's, or an equal share of the computer's
     cuda: bool
 
 
@@ -92,7 +96,7 @@ def this_machine() -> Machine:
 
 
 def engine(config, m: Size, machine: Machine) -> float:
-    """The sampler's part while the policy trains."""
+    """Memory that the sampler holds while the policy trains."""
     weights, e = itemsize(config.policy.dtype) * m.parameters, config.engine
     if config.sampler != "vllm":
         return weights
@@ -102,7 +106,7 @@ def engine(config, m: Size, machine: Machine) -> float:
 
 
 def kv_tokens(config, m: Size, machine: Machine) -> int:
-    """Tokens that vLLM's KV cache holds on one rank."""
+    """Capacity of vLLM's KV cache on one rank, in tokens."""
     size, e = itemsize(config.policy.dtype), config.engine
     if machine.cuda:
         cache = e.gpu_memory * machine.memory - size * m.parameters
@@ -118,11 +122,13 @@ def memory(config, m: Size, machine: Machine) -> dict[str, float]:
 
 
 def disk(config, m: Size) -> dict[str, float]:
-    """Size of the run's folder at its end, without responses and judgements (a few GB at most)."""
-    checkpoints = config.cycles * (config.rl_steps // config.save_every if config.save_every else 1)
-    trained = itemsize(config.policy.parameters)
-    optimizer_and_reference = 2 * trained + itemsize(config.policy.dtype)
-    state = trained + (optimizer_and_reference if config.save_every else 0)
+    """Size of the run's folder at the end of the run, without responses and judgements (a few GB at
+    most)."""
+    per_cycle = config.rl_steps // config.save_every if config.save_every else 1
+    checkpoints = config.cycles * per_cycle
+    parameters = itemsize(config.policy.parameters)  # bytes of one
+    optimizer_and_reference = 2 * parameters + itemsize(config.policy.dtype)
+    state = parameters + (optimizer_and_reference if config.save_every else 0)
     return {
         "checkpoints": 2 * m.parameters * min(checkpoints, config.keep_checkpoints or checkpoints),
         "state": 3 * state * m.parameters,  # the newest two and the one being written
@@ -130,10 +136,10 @@ def disk(config, m: Size) -> dict[str, float]:
 
 
 def disk_free(folder: Path) -> float:
-    """Bytes that the folder may grow to: what is free on its disk, and what it holds already."""
-    held = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    """Bytes that the folder may grow to: its present size and the free space on its disk."""
+    present = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free + held
+    return shutil.disk_usage(existing).free + present
 
 
 def itemsize(dtype: str) -> int:

@@ -1,18 +1,18 @@
-"""Micro-batches behind a shared prefix: a prompt that several responses share is read once.
+"""Micro-batches with a shared prefix: a prompt that several responses share is computed once.
 
 Phase 1 trains on 8 responses to one prompt of about a thousand tokens (Table 5), phase 2 on 32 rows
-behind one template (App. B.1). A pack holds the longest common prefix of its rows once and behind
-it what is each row's own:
+with a common template (App. B.1). A pack is one sequence: the longest common prefix of its rows,
+then the remaining tokens of each row. The positions of each rest continue from the prefix:
 
-    prefix | rest of row 1 | rest of row 2 | ...       in each row, positions go on from the prefix
+    prefix | rest of row 1 | rest of row 2 | ...
 
-The prefix attends to itself, each row to the prefix and to itself. This is the same computation as
-one row after the other, not an approximation: log-probabilities and gradients are equal
+The prefix attends to itself, each rest to the prefix and to itself. This is the same computation as
+one forward per row, not an approximation: log-probabilities and gradients are equal
 (tests/test_packing.py). `--no-shared-prefix` pads rows to a rectangle instead.
 
-Every rank knows all rows of a step. Under FSDP the ranks go through their micro-batches side by
-side, so packs are dealt out in order of size and the ranks have about the same number of tokens in
-every round.
+Every rank knows all rows of a step. Under FSDP each forward is a collective, so the ranks process
+their micro-batches in lockstep, one per rank in each round. Packs are dealt to the ranks in order
+of size, so that the ranks have about the same number of tokens in every round.
 
 Shapes: B rows, T tokens, L tokens of a pack, N scored tokens; H heads, K key-value heads, d head
 size.
@@ -27,48 +27,52 @@ from transformers import AttentionInterface
 
 from backend import parallel
 
-# Where PyTorch's CPU kernel for attention is fastest (its blocks of 256 queries begin here).
-QUERIES = 768
+# Queries of an attention call, at least. From 768 queries on, PyTorch's CPU attention kernel works
+# in blocks of 256 queries, which is fastest.
+MIN_QUERIES = 768
 
 
 class Row(NamedTuple):
-    """One sequence and which of its tokens are scored: prompt + response, and a mask of the same
-    length."""
+    """One training sequence: prompt and response."""
 
     ids: Sequence[int]
-    mask: Sequence[bool]
+    mask: Sequence[bool]  # as long as ids: which tokens are scored
 
 
 class Batch(NamedTuple):
-    """A micro-batch: a pack, where ids is (1, L) and `lengths` are the rows' own tokens, or padded
-    rows, where ids is (B, T) and `lengths` is None."""
+    """A micro-batch: either a pack or padded rows."""
 
-    index: list[int]  # which rows stand in it; empty for a filler
-    ids: torch.Tensor
-    positions: torch.Tensor  # as ids
-    prefix: int  # P, tokens that all rows share and that stand once; 0 where rows are padded
-    lengths: list[int] | None
-    before: torch.Tensor  # (N,) where in ids, flattened, the token before a scored one stands
-    targets: torch.Tensor  # (N,) the scored tokens
-    scored: torch.Tensor  # (B, T) bool: a grid of the rows from token P on
-    mask: torch.Tensor  # (B, T) bool: where they count; as `scored`, but False in a filler
+    index: list[int]  # indices of its rows; empty for a filler
+    ids: torch.Tensor  # a pack: (1, L); padded rows: (B, T)
+    positions: torch.Tensor  # same shape as ids
+    prefix: int  # P, length of the shared prefix; 0 for padded rows
+    lengths: list[int] | None  # a pack: tokens of each row after the prefix; padded rows: None
+    # (N,) index into ids.flatten() of the token before each scored token: its hidden state predicts
+    # the scored token.
+    hidden_index: torch.Tensor
+    targets: torch.Tensor  # (N,) ids of the scored tokens
+    scored: torch.Tensor  # (B, T) bool: which tokens of each row, from token P on, are scored
+    mask: torch.Tensor  # (B, T) bool: which tokens enter the loss: as scored, in a filler none
 
 
 class Work(NamedTuple):
-    batches: list[Batch]  # this rank's, as many as any other's: each forward is a collective
-    imbalance: float  # 0.1: waiting for the rank with most tokens adds 10 % to an even share
+    """A rank's share of a step."""
+
+    batches: list[Batch]  # the same number on every rank, because each forward is a collective
+    # 0.1: waiting for the rank with the most tokens makes the step 10 % longer than an even split.
+    imbalance: float
 
 
 # --------------------------------------------------------------------------------------------------
-# Who trains on what
+# Dividing the rows of a step
 
 
 def share_out(
     rows: Sequence[Row], groups: Sequence[int], max_tokens: int, shared_prefix: bool = True
 ) -> Work:
-    """This rank's micro-batches of a step. `rows` are those of all ranks; rows with one group
-    number share packs, of at most `max_tokens` tokens unless one row alone is longer. Padded
-    micro-batches do not mind groups."""
+    """This rank's micro-batches of a step. `rows` are the rows of all ranks. A pack holds rows of
+    one group number and at most `max_tokens` tokens, or a single row if that is longer. Padded
+    micro-batches ignore the groups."""
     rank, ranks = parallel.rank(), parallel.world_size()
     if shared_prefix:
         packs, build = split_into_packs(rows, groups, max_tokens, ranks), _pack
@@ -76,39 +80,47 @@ def share_out(
         packs, build = split_into_rectangles(rows, max_tokens, ranks), _pad
     sizes = [_tokens([rows[i] for i in pack], shared_prefix) for pack in packs]
     order = sorted(range(len(packs)), key=lambda k: (-sizes[k], k))
-    mine = [packs[k] for k in order[rank::ranks]]
-    batches = [build(pack, [rows[i] for i in pack]) for pack in mine]
-    rounds = [sizes[k] for k in order[::ranks]]  # each round lasts as long as its largest pack
-    batches += [_filler(build)] * (len(rounds) - len(batches))
-    return Work(batches, sum(rounds) * ranks / sum(sizes) - 1)
+    rank_packs = [packs[k] for k in order[rank::ranks]]
+    batches = [build(pack, [rows[i] for i in pack]) for pack in rank_packs]
+    round_sizes = [sizes[k] for k in order[::ranks]]  # the largest pack of each round
+    if len(batches) < len(round_sizes):  # this rank has no pack in the last round
+        batches.append(_filler(build))
+    return Work(batches, sum(round_sizes) * ranks / sum(sizes) - 1)
 
 
 def split_into_packs(
     rows: Sequence[Row], groups: Sequence[int], max_tokens: int, ranks: int
 ) -> list[list[int]]:
-    """Indices of the rows of each pack. The largest is split until all fit the budget and the ranks
-    have the same number of packs, or until no pack has two rows."""
-    members: dict[int, list[int]] = {}
+    """Indices of the rows of each pack.
+
+    Each group starts as one pack. While a pack is over the budget, or the ranks would have unequal
+    numbers of packs, the group of the largest such pack gets one pack more (at equal size the
+    first group). A pack of one row cannot be split, so in the end packs may still be over the
+    budget or unequal in number."""
+    members: dict[int, list[int]] = {}  # group number -> indices of its rows
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
-    pieces = [(group, 1) for group in members.values()]
+    pack_counts = dict.fromkeys(members, 1)  # group number -> how many packs it is split into
     while True:
-        packs = [(k, pack) for k, piece in enumerate(pieces) for pack in _deal(rows, *piece)]
-        sizes = [_tokens([rows[i] for i in pack]) for _, pack in packs]
-        large = [
-            (size, -k)
-            for (k, pack), size in zip(packs, sizes, strict=True)
-            if len(pack) > 1 and (size > max_tokens or len(packs) % ranks)
+        packs = [
+            (group, pack)
+            for group, count in pack_counts.items()
+            for pack in _split_group(rows, members[group], count)
         ]
-        if not large:
+        unequal = len(packs) % ranks != 0
+        largest, group_to_split = 0, None
+        for group, pack in packs:
+            size = _tokens([rows[i] for i in pack])
+            if len(pack) > 1 and (unequal or size > max_tokens) and size > largest:
+                largest, group_to_split = size, group
+        if group_to_split is None:
             return [pack for _, pack in packs]
-        group, count = pieces[-max(large)[1]]
-        pieces[-max(large)[1]] = (group, count + 1)
+        pack_counts[group_to_split] += 1
 
 
-def _deal(rows: Sequence[Row], group: Sequence[int], count: int) -> list[list[int]]:
-    """The group's rows in `count` packs of about the same number of tokens: the longest first, each
-    to the smallest pack so far."""
+def _split_group(rows: Sequence[Row], group: Sequence[int], count: int) -> list[list[int]]:
+    """The group's rows in `count` packs of about the same number of tokens: rows are taken from the
+    longest to the shortest, and each goes to the pack that is smallest so far."""
     packs: list[list[int]] = [[] for _ in range(count)]
     sizes = [0] * count
     for i in sorted(group, key=lambda i: (-len(rows[i].ids), i)):
@@ -119,27 +131,31 @@ def _deal(rows: Sequence[Row], group: Sequence[int], count: int) -> list[list[in
 
 
 def split_into_rectangles(rows: Sequence[Row], max_tokens: int, ranks: int) -> list[list[int]]:
-    """Rows of similar length together, as many as fit a rectangle of `max_tokens`, one at least;
-    no more than leave each rank the same number of rows, or one more."""
+    """Indices of the rows of each padded micro-batch. Rows, from the longest to the shortest, are
+    dealt into one share per rank (shares differ by at most one row). Each share is cut into
+    rectangles of at most `max_tokens` tokens, padding included, and at least one row."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     rectangles: list[list[int]] = []
-    for start in range(ranks):
-        mine: list[list[int]] = []
-        for i in order[start::ranks]:
-            if mine and (len(mine[-1]) + 1) * len(rows[mine[-1][0]].ids) <= max_tokens:
-                mine[-1].append(i)
+    for rank in range(ranks):
+        share: list[list[int]] = []  # the share's rectangles
+        width = 0  # of the last one: its first row is its longest
+        for i in order[rank::ranks]:
+            if share and (len(share[-1]) + 1) * width <= max_tokens:
+                share[-1].append(i)
             else:
-                mine.append([i])
-        rectangles += mine
+                share.append([i])
+                width = len(rows[i].ids)
+        rectangles += share
     return rectangles
 
 
 def common_prefix(rows: Sequence[Row]) -> int:
-    """Tokens at the start that all rows share and none scores."""
+    """Number of tokens at the start that all rows share and that no row scores."""
     length = min(row.mask.index(True) if True in row.mask else len(row.ids) - 1 for row in rows)
     first, last = min(row.ids for row in rows), max(row.ids for row in rows)
     for t in range(length):
-        if first[t] != last[t]:  # then all rows in between agree up to t as well
+        # first and last in lexicographic order: where these two agree, all rows agree.
+        if first[t] != last[t]:
             return t
     return length
 
@@ -158,47 +174,57 @@ def _tokens(rows: Sequence[Row], shared_prefix: bool = True) -> int:
 def _pack(index: list[int], rows: Sequence[Row]) -> Batch:
     prefix = common_prefix(rows)
     ids, positions = list(rows[0].ids[:prefix]), list(range(prefix))
-    before: list[int] = []
+    hidden_index: list[int] = []
     for row in rows:
         start = len(ids)
         for t in range(prefix, len(row.ids)):
             if row.mask[t]:
-                before.append(prefix - 1 if t == prefix else start + t - prefix - 1)
+                hidden_index.append(prefix - 1 if t == prefix else start + t - prefix - 1)
         ids += row.ids[prefix:]
         positions += range(prefix, len(row.ids))
     lengths = [len(row.ids) - prefix for row in rows]
-    return _batch(index, rows, [ids], [positions], prefix, lengths, before)
+    return _batch(index, rows, [ids], [positions], prefix, lengths, hidden_index)
 
 
 def _pad(index: list[int], rows: Sequence[Row]) -> Batch:
     width = max(len(row.ids) for row in rows)
     ids = [[*row.ids, *[0] * (width - len(row.ids))] for row in rows]
     positions = [list(range(width))] * len(rows)
-    before = [b * width + t - 1 for b, row in enumerate(rows) for t, s in enumerate(row.mask) if s]
-    return _batch(index, rows, ids, positions, 0, None, before)
+    hidden_index = [
+        b * width + t - 1
+        for b, row in enumerate(rows)
+        for t, is_scored in enumerate(row.mask)
+        if is_scored
+    ]
+    return _batch(index, rows, ids, positions, 0, None, hidden_index)
 
 
-def _batch(index, rows, ids, positions, prefix: int, lengths, before) -> Batch:
-    to = parallel.device()
+def _batch(index, rows, ids, positions, prefix: int, lengths, hidden_index) -> Batch:
+    device = parallel.device()
     scored = torch.zeros(len(rows), max(len(row.ids) for row in rows) - prefix, dtype=torch.bool)
     for b, row in enumerate(rows):
         scored[b, : len(row.ids) - prefix] = torch.tensor(row.mask[prefix:])
-    targets = [i for row in rows for i, s in zip(row.ids, row.mask, strict=True) if s]
+    targets = [
+        token
+        for row in rows
+        for token, is_scored in zip(row.ids, row.mask, strict=True)
+        if is_scored
+    ]
     return Batch(
         index,
-        torch.tensor(ids, device=to),
-        torch.tensor(positions, device=to),
+        torch.tensor(ids, device=device),
+        torch.tensor(positions, device=device),
         prefix,
         lengths,
-        torch.tensor(before, dtype=torch.long, device=to),
-        torch.tensor(targets, dtype=torch.long, device=to),
-        scored.to(to),
-        scored.to(to),
+        torch.tensor(hidden_index, dtype=torch.long, device=device),
+        torch.tensor(targets, dtype=torch.long, device=device),
+        scored.to(device),
+        scored.to(device),
     )
 
 
 def _filler(build) -> Batch:
-    """Two tokens that count for nothing, for a rank that has no more rows than these rounds."""
+    """Dummy micro-batch with zero loss, for a rank that has run out of packs."""
     batch = build([], [Row([0, 0], [False, True])])
     return batch._replace(mask=torch.zeros_like(batch.mask))
 
@@ -207,29 +233,30 @@ def _filler(build) -> Batch:
 # Attention
 
 
-class Call(NamedTuple):
-    """Rows that attend in one product."""
+class AttentionCall(NamedTuple):
+    """One call of the attention kernel, for consecutive rows of a pack."""
 
-    tokens: int  # R, their own together
-    mask: torch.Tensor  # (H / K R, P + R), added to the scores: -inf where a row must not look
+    tokens: int  # R, tokens of these rows after the prefix
+    mask: torch.Tensor  # (H / K R, P + R), added to the attention scores: -inf where masked
 
 
-def attention_calls(batch: Batch, heads_per_key: int, dtype: torch.dtype) -> list[Call]:
-    """A pack's rows, so many at a time that a product has enough queries to be worth its start,
-    although rows in one product are computed against each other for nothing."""
-    to, calls = batch.ids.device, []
-    rows: list[int] = []
+def attention_calls(batch: Batch, heads_per_key: int, dtype: torch.dtype) -> list[AttentionCall]:
+    """Split a pack's rows into attention calls of at least MIN_QUERIES queries each (the last may
+    have fewer). The scores between different rows of one call are computed and masked, which costs
+    less than many small calls."""
+    device, calls = batch.ids.device, []
+    lengths: list[int] = []  # of the rows of the next call
     for k, length in enumerate(batch.lengths):
-        rows.append(length)
-        if heads_per_key * sum(rows) >= QUERIES or k == len(batch.lengths) - 1:
+        lengths.append(length)
+        if heads_per_key * sum(lengths) >= MIN_QUERIES or k == len(batch.lengths) - 1:
             same_row = torch.block_diag(
-                *[torch.ones(n, n, dtype=torch.bool, device=to) for n in rows]
+                *[torch.ones(n, n, dtype=torch.bool, device=device) for n in lengths]
             )
-            hidden = torch.zeros(same_row.shape, dtype=dtype, device=to)
-            hidden.masked_fill_(~same_row.tril(), float("-inf"))
-            mask = F.pad(hidden, (batch.prefix, 0)).repeat(heads_per_key, 1)
-            calls.append(Call(sum(rows), mask))
-            rows = []
+            row_mask = torch.zeros(same_row.shape, dtype=dtype, device=device)  # (R, R)
+            row_mask.masked_fill_(~same_row.tril(), float("-inf"))
+            mask = F.pad(row_mask, (batch.prefix, 0)).repeat(heads_per_key, 1)
+            calls.append(AttentionCall(sum(lengths), mask))
+            lengths = []
     return calls
 
 
@@ -242,28 +269,29 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     prefix: int = 0,
-    calls: Sequence[Call] = (),
+    calls: Sequence[AttentionCall] = (),
     **_,
 ) -> tuple[torch.Tensor, None]:
-    """query (1, H, L, d), key and value (1, K, L, d) of a pack -> (1, L, H, d). The signature is
-    transformers'; prefix and calls come with the policy's forward."""
+    """Attention over a pack: query (1, H, L, d), key and value (1, K, L, d) -> (1, L, H, d). The
+    signature is that of transformers' attention functions; Policy.forward passes `prefix` and
+    `calls`."""
     heads, keys, d = query.shape[1], key.shape[1], query.shape[3]
-    parts = [prefix, *(call.tokens for call in calls)]
-    q, k, v = (x.split(parts, dim=2) for x in (query, key, value))
-    sdpa, how = F.scaled_dot_product_attention, {"scale": scaling, "dropout_p": dropout}
-    out = [sdpa(q[0], k[0], v[0], is_causal=True, enable_gqa=True, **how)]
-    for q_own, k_own, v_own, call in zip(q[1:], k[1:], v[1:], calls, strict=True):
-        # The H / K heads that share keys stand one under the other, in one large product.
+    lengths = [prefix, *(call.tokens for call in calls)]
+    q, k, v = (x.split(lengths, dim=2) for x in (query, key, value))
+    sdpa, options = F.scaled_dot_product_attention, {"scale": scaling, "dropout_p": dropout}
+    out = [sdpa(q[0], k[0], v[0], is_causal=True, enable_gqa=True, **options)]
+    for q_rows, k_rows, v_rows, call in zip(q[1:], k[1:], v[1:], calls, strict=True):
+        # The queries of the H / K heads that share a key head are concatenated into one product.
         o = sdpa(
-            q_own.reshape(1, keys, -1, d),  # (1, K, H / K R, d)
-            torch.cat([k[0], k_own], dim=2),  # (1, K, P + R, d)
-            torch.cat([v[0], v_own], dim=2),
+            q_rows.reshape(1, keys, -1, d),  # (1, K, H / K R, d)
+            torch.cat([k[0], k_rows], dim=2),  # (1, K, P + R, d)
+            torch.cat([v[0], v_rows], dim=2),
             attn_mask=call.mask,
-            **how,
+            **options,
         )
         out.append(o.reshape(1, heads, -1, d))  # (1, H, R, d)
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-NAME = "shared_prefix"
-AttentionInterface.register(NAME, attend)
+ATTENTION_NAME = "shared_prefix"  # under which transformers finds `attend`
+AttentionInterface.register(ATTENTION_NAME, attend)

@@ -1,9 +1,9 @@
 """Process groups, collectives, sharding and sharded state: one process per rank, started by
-torchrun, or one process alone.
+torchrun, or a single process without it.
 
-The only file that imports torch.distributed. NCCL where there are GPUs, gloo on CPU; a single
-process is a group of one, so that the rest of the code has one path. Parameters are sharded by
-FSDP2 (`fully_shard`): fp32 shards, compute in `dtype`, gradients reduced in fp32."""
+The only file that imports torch.distributed. NCCL on GPUs, gloo on CPU. A single process is a
+process group of size one, so that the rest of the code needs no special case. Parameters are
+sharded by FSDP2 (`fully_shard`): fp32 shards, compute in `dtype`, gradients reduced in fp32."""
 
 import ctypes
 import json
@@ -25,14 +25,14 @@ from torch.distributed.tensor import DTensor
 
 from storage.files import publish, write_text
 
-# Well above the judge's slowest answer, for which the other ranks wait in their next collective.
+# Far longer than the slowest judgement, during which the other ranks wait in a collective.
 TIMEOUT = timedelta(hours=4)
 STATES_KEPT = 2
 
 
 @contextmanager
 def process_group():
-    """The process group for a `with` block: torchrun's ranks, or this process alone."""
+    """The process group for a `with` block: torchrun's ranks, or this single process."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
@@ -47,33 +47,34 @@ def process_group():
     try:
         yield
         if dist.is_initialized():
-            # Ranks leave together. In rare cases one aborted while Python was closing ("terminate
-            # called without an active exception"), probably by a gloo thread that still held a
-            # tensor: the pause lets it drop it.
+            # All ranks exit together. In rare cases one aborted at interpreter shutdown ("terminate
+            # called without an active exception"), probably because a gloo thread still held a
+            # tensor: the pause gives the thread time to release it.
             barrier()
             time.sleep(0.1)
     finally:
-        if dist.is_initialized():  # a vLLM engine ends the group with itself
+        if dist.is_initialized():  # a vLLM engine destroys the group when it shuts down
             dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks. By default it returns them to the system, and the next
-    step gets them back page by page: a fifth of its time on CPU (docs/performance.md)."""
+    """Tell glibc to keep large freed blocks. By default it returns them to the operating system,
+    and the page faults of the next step take a fifth of its time on CPU (docs/performance.md)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max = -1, -4  # names of options in malloc.h
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
         libc.mallopt(trim_threshold, -1)
         libc.mallopt(mmap_max, 0)
 
 
 def rank() -> int:
-    """This process's number, from 0. Torchrun's, so it is known before the group is made."""
+    """This process's rank, from 0. It is torchrun's environment variable, so it is known before the
+    process group exists."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Number of ranks that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -86,9 +87,9 @@ def device() -> torch.device:
 
 
 def launch_id() -> int:
-    """A random number that the ranks of this launch share, and no other launch has. Collective."""
-    mine = random.SystemRandom().getrandbits(48) if rank() == 0 else 0
-    return int(all_sum({"launch": float(mine)})["launch"])
+    """A random number that identifies this launch, the same on all its ranks. Collective."""
+    drawn = random.SystemRandom().getrandbits(48) if rank() == 0 else 0
+    return int(all_sum({"launch": float(drawn)})["launch"])
 
 
 def print0(*args) -> None:
@@ -97,7 +98,7 @@ def print0(*args) -> None:
 
 
 def barrier() -> None:
-    all_sum({"here": 1.0})
+    all_sum({"arrived": 1.0})
 
 
 def _reduce(values: Mapping[str, float], op) -> dict[str, float]:
@@ -117,15 +118,15 @@ def all_max(value: float) -> float:
 
 
 def gather(items: Sequence) -> list:
-    """The items of all ranks in the order of ranks, the same list everywhere. Collective."""
+    """The items of all ranks in rank order, the same list on every rank. Collective."""
     parts: list = [None] * world_size()
     dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
 
 
 def raise_together(error: Exception | None) -> None:
-    """Every rank calls it; if any has an error all stop: it with its error, the others with one
-    line. None waits for a rank that is gone."""
+    """Stop all ranks if any has an error, so that none waits for a rank that has stopped: a rank
+    with an error raises it, the others raise SystemExit with one line. Collective."""
     failed = all_sum({"failed": float(error is not None)})["failed"]
     if error is not None:
         raise error
@@ -143,9 +144,10 @@ def shard(
     dtype: torch.dtype,
     trainable: bool,
 ) -> None:
-    """Shard each block as one group, and the rest (embedding, norm, head: tied or not) with the
-    root. The root stays whole between a forward and its backward, so one that has no backward must
-    be told: its parameters would never be shards again."""
+    """Shard each block as one FSDP group, and all other parameters (embedding, norm, and the head,
+    tied or not) as the root's group. The root's parameters stay gathered between forward and
+    backward. A model that is not `trainable` has no backward, so its root reshards after forward:
+    otherwise its parameters would stay gathered for good."""
     mesh = init_device_mesh(device().type, (world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
@@ -153,20 +155,20 @@ def shard(
     fully_shard(root, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            # Gradients are added over ranks, not averaged: each loss has a global denominator.
+            # Gradients are summed over ranks, not averaged: each loss has a global denominator.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def full_tensor(sharded: DTensor) -> torch.Tensor:
-    """The whole of a sharded tensor. Collective: every rank must call it, in the same order."""
+    """Gather a sharded tensor. Collective: every rank must call it, in the same order."""
     return sharded.full_tensor()
 
 
 @torch.no_grad()
 def copy_shards(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Overwrite target's parameters with source's, shard by shard (same architecture, any dtype);
-    no traffic."""
+    """Overwrite target's parameters with source's, shard by shard (same architecture, any dtype),
+    without communication."""
     for p, q in zip(source.parameters(), target.parameters(), strict=True):
         q.to_local().copy_(p.to_local())
 
@@ -177,36 +179,36 @@ def clip_grad_norm(module: torch.nn.Module, max_norm: float) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Sharded state: a folder appears whole or not at all
+# Sharded state: a folder appears complete or not at all
 
 
 def save_state(folder: Path, tensors: dict[str, torch.Tensor], where: dict) -> None:
-    """Write `tensors` (each rank its shards) and the JSON `where` to `folder`; keep the newest two
-    of its siblings."""
-    aside = folder.with_name(folder.name + ".tmp")
+    """Write `tensors` (each rank its shards) and `where`, the position in the run, to `folder`.
+    Delete all but the newest STATES_KEPT states beside it. Collective."""
+    temporary = folder.with_name(folder.name + ".tmp")
     if rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     barrier()
-    dcp.save(tensors, checkpoint_id=aside)
+    dcp.save(tensors, checkpoint_id=temporary)
     if rank() == 0:
-        write_text(aside / "where.json", json.dumps(where))
+        write_text(temporary / "where.json", json.dumps(where))
         shutil.rmtree(folder, ignore_errors=True)
-        publish(aside, folder)
+        publish(temporary, folder)
         for old in states(folder.parent)[:-STATES_KEPT]:
             shutil.rmtree(old)
     barrier()
 
 
 def states(root: Path) -> list[Path]:
-    """Whole states, oldest first (their names sort by age)."""
+    """Folders of complete states, oldest first (their names sort by age)."""
     return sorted(
         path.parent for path in root.glob("*/where.json") if not path.parent.name.endswith(".tmp")
     )
 
 
 def load_state(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill `tensors` in place from a folder that save_state wrote."""
+    """Load `tensors` in place from a folder that save_state wrote. Collective."""
     with torch.no_grad():
         dcp.load(tensors, checkpoint_id=folder)
 
@@ -214,13 +216,13 @@ def load_state(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.AdamW, names: Mapping[torch.nn.Parameter, str]
 ) -> dict[str, torch.Tensor]:
-    """AdamW's state by parameter name, made (as zeros) where no step has been taken yet."""
+    """AdamW's state by parameter name; zeros are created for a parameter that has had no step."""
     tensors = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
             if not state:
-                state["step"] = torch.zeros((), device=p.device)  # where the fused form wants it
+                state["step"] = torch.zeros((), device=p.device)  # fused AdamW needs it there
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             tensors |= {f"{names[p]}.{key}": value for key, value in state.items()}
     return tensors

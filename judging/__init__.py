@@ -1,1 +1,1 @@
-"""The way to a judge: endpoints, requests, what was paid, offline stand-ins."""
+"""Access to judges: endpoints, requests, the record of calls and cost, an offline judge."""

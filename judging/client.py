@@ -1,16 +1,17 @@
 """Judge client: retries, deadline, budget, and a record of every attempt, for one OpenAI-compatible
 endpoint. The only file that uses the network to score.
 
-Authors' request settings (Sec. 4.1's judge): temperature 0.1, at most 128 output tokens, 8
-attempts, back-off from 2 s doubling to 120 s with jitter, 24 requests at once, 90 s time-out.
+The authors' request settings (for the judge of Sec. 4.1): temperature 0.1, at most 128 output
+tokens, 8 attempts, back-off from 2 s doubling to 120 s with jitter, 24 concurrent requests, 90 s
+time-out.
 
-A reply counts only if the caller's form accepts it; anything else is a failed attempt, kept and
-counted under its reason. After the last attempt, at the deadline, at the budget, or when a request
-is refused in a way that no retry can mend, all ranks stop asking; requests in flight are still
-waited for and kept, because they are paid for. A score is never made up, and the same command run
-again goes on.
+A reply is valid only if the caller's reply form accepts it. Any other outcome is a failed attempt,
+recorded and counted by reason. After the last attempt, at the deadline, at the budget, or when a
+request is refused and retrying cannot help, all ranks stop sending requests. Requests in flight are
+still awaited and recorded, because they are paid for. A score is never made up. Running the same
+command again continues the run.
 
-Not in the paper: replies are held to a JSON schema where the endpoint can do that; the deadline and
+Not in the paper: replies must follow a JSON schema where the endpoint supports it; the deadline;
 the budget.
 """
 
@@ -34,28 +35,28 @@ from judging.ledger import OK, Ledger, cache_key, question_key, read_attempts
 
 
 class JudgeError(RuntimeError):
-    """No usable reply, and none to be had by asking again now. The message says what to do."""
+    """No valid reply, and retrying now would not help. The message names the remedy."""
 
 
 class Attempt(NamedTuple):
-    """How one request ended."""
+    """Outcome of one request."""
 
-    outcome: str = OK  # or why the reply does not count
+    outcome: str = OK  # or the reason of the failure
     reply: str | None = None
     served_model: str | None = None
     tokens_in: int | None = None
     tokens_out: int | None = None
-    retry_after: float = 0.0  # seconds that the server asks for
-    final: str | None = None  # why no retry can help
+    retry_after: float = 0.0  # seconds to wait, from the server's Retry-After
+    final: str | None = None  # error message, if no retry can help
 
 
 class ChatClient:
-    """Asks one model, at most `concurrency` requests at once; replies that count are cached."""
+    """Sends requests to one model, at most `concurrency` at once, and caches valid replies."""
 
     def __init__(self, service: Service, concurrency: int, ledger: Ledger):
         self.service, self.config, self.ledger = service, service.config, ledger
         self.model, self.endpoint = service.model, service.base_url
-        self._counts: Counter[str] = Counter()  # of this process since take_counts
+        self._counts: Counter[str] = Counter()  # of this process since the last take_counts
         self._api = openai.AsyncOpenAI(
             api_key=service.key,
             base_url=service.base_url,
@@ -64,32 +65,33 @@ class ChatClient:
         )
         self._slots = asyncio.Semaphore(concurrency)
         self._in_flight = 0
-        self._asking: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by cache key
 
     async def ask(self, messages: Sequence[dict], form: Form, draw: int = 0) -> object:
-        """The parsed reply; `draw` tells several replies to the same question apart. Raises
+        """The parsed reply. `draw` numbers independent replies to the same question. Raises
         JudgeError."""
         request = self.service.request(messages, form)
         key = cache_key(self.endpoint, request, draw)
-        async with self._asking[key]:  # two equal questions at once become one
+        async with self._locks[key]:  # two identical concurrent questions become one request
             self.ledger.refresh()
             if key not in self.ledger.replies:
-                await self._ask_until_usable(key, request, form, draw)
+                await self._ask_with_retries(key, request, form, draw)
             return form.parse(self.ledger.replies[key])
 
-    async def _ask_until_usable(self, key: str, request: dict, form: Form, draw: int) -> None:
-        c, began = self.config, None
+    async def _ask_with_retries(self, key: str, request: dict, form: Form, draw: int) -> None:
+        """Returns once a valid reply is on file. Raises JudgeError."""
+        c, first_started = self.config, None
         for number in range(1, c.attempts + 1):
             async with self._slots:
                 self._check_budget()
-                began = began or time.monotonic()
+                first_started = first_started or time.monotonic()
                 self._in_flight += 1
                 started = time.monotonic()
                 try:
                     attempt = await self._attempt(request, form)
                 finally:
                     self._in_flight -= 1
-            self._keep(key, request, form, draw, number, attempt, time.monotonic() - started)
+            self._record(key, request, form, draw, number, attempt, time.monotonic() - started)
             if attempt.outcome == OK:
                 return
             if attempt.final:
@@ -98,28 +100,28 @@ class ChatClient:
             wait = max(jittered, attempt.retry_after)
             if number == c.attempts:
                 raise self._no_usable_reply(f"{c.attempts} attempts", attempt)
-            if time.monotonic() + wait - began > c.deadline:
+            if time.monotonic() + wait - first_started > c.deadline:
                 raise self._no_usable_reply(f"{c.deadline:g} s (--client.deadline)", attempt)
             await self._pause(wait)
 
     def _check_budget(self) -> None:
-        """Raise JudgeError if a rank has given up, or at the budget."""
+        """Raise JudgeError if another rank has given up or the budget is used up."""
         c, ledger = self.config, self.ledger
         ledger.refresh()
         if ledger.stop:
             raise JudgeError(ledger.stop)
-        on = "what was judged is on file; raise it and run the same command again to go on"
+        remedy = "all judgements are on file; raise it and run the same command again to continue"
         if c.max_calls is not None and ledger.calls + self._in_flight >= c.max_calls:
             raise self._give_up(
-                f"the budget of {c.max_calls:,} calls is used up (--client.max_calls); {on}"
+                f"the budget of {c.max_calls:,} calls is used up (--client.max_calls); {remedy}"
             )
         if c.max_cost is not None and ledger.cost >= c.max_cost:
             raise self._give_up(
-                f"the budget of ${c.max_cost:,.2f} is used up (--client.max_cost); {on}"
+                f"the budget of ${c.max_cost:,.2f} is used up (--client.max_cost); {remedy}"
             )
 
     def _give_up(self, reason: str) -> JudgeError:
-        """Tell all ranks; those that wait or have not asked yet stop too."""
+        """The error to raise, after telling all ranks to stop sending requests."""
         if not self.ledger.stop:
             self.ledger.give_up(reason)
         return JudgeError(self.ledger.stop)
@@ -128,16 +130,18 @@ class ChatClient:
         hint = "; raise --endpoint.max_tokens" if last.outcome == "cut at the token limit" else ""
         return self._give_up(
             f"judge {self.model} at {self.endpoint}: no usable reply in {within}, the last: "
-            f"{last.outcome}{hint}. What was judged is on file; run the same command again to go on"
+            f"{last.outcome}{hint}. All judgements are on file; run the same command again to "
+            "continue"
         )
 
     async def _pause(self, seconds: float) -> None:
+        """Wait, but no longer if another rank gives up meanwhile."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and not self.ledger.stop:
-            await asyncio.sleep(min(left, 1.0))
+        while (remaining := end - time.monotonic()) > 0 and not self.ledger.stop:
+            await asyncio.sleep(min(remaining, 1.0))
             self.ledger.refresh()
 
-    def _keep(
+    def _record(
         self,
         key: str,
         request: dict,
@@ -147,7 +151,7 @@ class ChatClient:
         attempt: Attempt,
         seconds: float,
     ) -> None:
-        """Put an attempt on file, and count it."""
+        """Write an attempt to the ledger and count it."""
         cost = self.service.cost(attempt.tokens_in, attempt.tokens_out)
         row = {
             "key": key,
@@ -164,11 +168,13 @@ class ChatClient:
             "cost": cost,
             "seconds": round(seconds, 3),
         }
-        self.ledger.add(row | ({"request": request} if attempt.outcome == OK else {}))
+        if attempt.outcome == OK:
+            row["request"] = request
+        self.ledger.add(row)
         self._counts.update(calls=1, failed=attempt.outcome != OK, cost=cost or 0.0)
         if cost is None and attempt.reply is not None and self.config.max_cost is not None:
             raise self._give_up(
-                f"{self.endpoint} reports no tokens, so --client.max_cost cannot be kept; use "
+                f"{self.endpoint} reports no tokens, so --client.max_cost cannot be enforced; use "
                 "--client.max_calls"
             )
 
@@ -182,8 +188,8 @@ class ChatClient:
                 )
         except openai.APIStatusError as error:
             status = error.status_code
-            again = status >= 500 or status in (408, 409, 425, 429)
-            final = None if again else self.service.remedy(status, error.body, request)
+            retry = status >= 500 or status in (408, 409, 425, 429)
+            final = None if retry else self.service.remedy(status, error.body, request)
             return Attempt(f"HTTP {status}", retry_after=retry_after(error.response), final=final)
         except (TimeoutError, openai.APITimeoutError):
             return Attempt("time-out")
@@ -192,14 +198,15 @@ class ChatClient:
         return read_reply(response.http_response.text, form)
 
     def take_counts(self) -> dict[str, float]:
-        """This process's calls, failed attempts among them and US dollars since the last time."""
+        """This process's calls, how many of them failed, and their cost in US dollars, since the
+        last call of this method."""
         counts = {name: float(self._counts[name]) for name in ("calls", "failed", "cost")}
         self._counts.clear()
         return counts
 
 
 def read_reply(text: str, form: Form) -> Attempt:
-    """The attempt that an HTTP 200 with this body is."""
+    """The attempt from the body of an HTTP 200 response."""
     if not text.strip():
         return Attempt("empty body")
     try:
@@ -232,25 +239,25 @@ def read_reply(text: str, form: Form) -> Attempt:
 
 
 def retry_after(response) -> float:
-    """Seconds that a response's Retry-After asks for, as a number or a date; 0 where it does
-    not."""
-    said = response.headers.get("retry-after", "")
+    """Seconds to wait by a response's Retry-After header, which holds a number or a date; 0 without
+    one."""
+    header = response.headers.get("retry-after", "")
     try:
-        return max(0.0, float(said))
+        return max(0.0, float(header))
     except ValueError:
         pass
     try:
-        return max(0.0, (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds())
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError):
         return 0.0
 
 
 class Replay:
-    """Judgements on file in place of a model; a question that is not there is an error."""
+    """Answers questions from judgements on file; a question that is not on file is an error."""
 
     def __init__(self, path: Path, model: str = ""):
-        """`path`: a run's judge_cache.jsonl or what judge.py exported. `model` is needed if it
-        holds more than one. Raises ValueError."""
+        """`path`: a run's judge_cache.jsonl, or a file made by evaluation.judgements --export.
+        `model` is needed if the file has judgements of several models. Raises ValueError."""
         if not path.is_file():
             raise ValueError(f"{path}: no such file; --judge replay:FILE takes judgements on file")
         self.path = path
@@ -261,9 +268,9 @@ class Replay:
                 question = (question_key(row["request"]["messages"]), row["form"], row["draw"])
                 self._replies[judge].setdefault(question, row["reply"])
         if len(self._replies) != 1:
-            held = ", ".join(sorted({name for name, _ in self._replies})) or "none"
+            models = ", ".join(sorted({name for name, _ in self._replies})) or "none"
             raise ValueError(
-                f"{path}: judgements of one judge are needed, found {held}; say which by --judge "
+                f"{path}: judgements of one judge are needed, found {models}; say which by --judge "
                 "replay:FILE@MODEL"
             )
         [((self.model, self.endpoint), self._cached)] = self._replies.items()
@@ -273,18 +280,18 @@ class Replay:
         if question not in self._cached:
             raise JudgeError(
                 f"{self.path} has no {form.name} of {self.model} (draw {draw}) for the question "
-                f"that ends in {messages[-1]['content'][-80:]!r}; replay judges only what was "
-                "judged before, with the same references and template"
+                f"that ends in {messages[-1]['content'][-80:]!r}; replay has only the judgements "
+                "on file, so use the same references and template as when they were made"
             )
         return form.parse(self._cached[question])
 
     def take_counts(self) -> dict[str, float]:
-        """As ChatClient's: nothing is ever asked."""
+        """As ChatClient.take_counts; no request is ever sent."""
         return {"calls": 0.0, "failed": 0.0, "cost": 0.0}
 
 
 class Background:
-    """An asyncio loop in a thread of its own, so that judging goes on while the main thread
+    """An asyncio loop in a background thread, so that judging runs while the main thread
     samples."""
 
     def __init__(self):

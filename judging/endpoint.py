@@ -1,8 +1,8 @@
 """Judge endpoints: URL, request parameters, key, price.
 
 A judge is any model at an OpenAI-compatible endpoint. Request parameters differ between models, so
-they are configuration: the table `KNOWN` below, with --endpoint.* and --client.* laid over it. Keys
-are read from environment variables and go nowhere else.
+they are configuration: defaults per model in the table `JUDGES` below, which --endpoint.* and
+--client.* override. Keys are read from environment variables and never stored.
 
     --judge gpt-5.4                                                    (Sec. 4.1)
     --judge claude-sonnet-4-6, --judge gemini-3.1-flash-lite           (Sec. 4.5, held-out judges)
@@ -19,67 +19,70 @@ from urllib.parse import urlsplit
 
 
 class Form(NamedTuple):
-    """The kind of reply that is asked for and counts."""
+    """The form that a valid reply must have."""
 
     name: str  # "scores" or "preference"
     schema: dict  # JSON schema
-    parse: Callable[[str], object]  # raises ValueError; its text is the reason that is counted
+    # Raises ValueError for an invalid reply; its text is the reason of the failed attempt.
+    parse: Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What decides the reply beside the question; fixed for a run."""
+    """Settings that affect the judge's replies; fixed for a run."""
 
     base_url: str = ""
     """URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; empty: the judge's
-    own from the table in endpoint.py, else OPENAI_BASE_URL, else OpenAI's."""
+    from the table in endpoint.py, else OPENAI_BASE_URL, else OpenAI's."""
     temperature: float | None = 0.1
     """Judge's sampling temperature (authors' configuration); None leaves it out, for models that
     refuse it."""
     max_tokens: int = 128
-    """Longest reply in tokens (authors' configuration)."""
+    """Maximum reply length in tokens (authors' configuration)."""
     token_limit: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
-    """Request parameter that carries max_tokens; older servers know the second only."""
+    """Name of the request parameter for max_tokens; older servers accept only the second."""
     output: Literal["auto", "schema", "json", "text"] = "auto"
-    """How JSON is asked for: by schema, by JSON mode, or by the prompt alone; auto: by the table in
-    endpoint.py, else by schema."""
+    """How JSON output is requested: by schema, by JSON mode, or by the prompt alone; auto: by the
+    table in endpoint.py, else by schema."""
     request: str = "{}"
-    """More request parameters as a JSON object, such as '{"reasoning_effort": "low"}'; null takes
-    one out."""
+    """Additional request parameters as a JSON object, such as '{"reasoning_effort": "low"}'; the
+    value null removes a parameter."""
 
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """How replies are requested; may change between a run and its continuation."""
+    """Request settings that do not affect the replies; may change when a run is continued."""
 
     key_variable: str = ""
-    """Name of the environment variable that holds the key; empty: by the table in endpoint.py, else
-    OPENAI_API_KEY."""
+    """Name of the environment variable that holds the key; empty: from the table in endpoint.py,
+    else OPENAI_API_KEY."""
     concurrency: int = 24
-    """Requests in flight at once, all ranks together (authors' configuration)."""
+    """Maximum number of requests in flight, over all ranks (authors' configuration)."""
     attempts: int = 8
     """Attempts per answer before the run stops (authors' configuration)."""
     timeout: float = 90.0
-    """Seconds that one attempt may take (authors' configuration)."""
+    """Time-out of one attempt in seconds (authors' configuration)."""
     backoff: float = 2.0
-    """Seconds of the first back-off; doubles with each attempt, with full jitter (authors'
+    """First back-off in seconds; doubles with each attempt, with full jitter (authors'
     configuration)."""
     backoff_max: float = 120.0
-    """Longest back-off in seconds (authors' configuration); a longer Retry-After is honoured."""
+    """Maximum back-off in seconds (authors' configuration); a longer Retry-After is obeyed."""
     deadline: float = 1200.0
-    """Seconds from an answer's first attempt to its last before the run stops."""
+    """Maximum time in seconds from an answer's first attempt to its last; then the run stops."""
     max_cost: float | None = None
-    """US dollars at which the run stops, all launches together; what is in flight then is still
-    paid."""
+    """Budget in US dollars over all launches, at which the run stops; requests in flight at that
+    moment are still paid."""
     max_calls: int | None = None
-    """Calls, failed attempts included, at which the run stops, all launches together; likewise."""
+    """Budget in calls, failed attempts included, over all launches, at which the run stops."""
     price_in: float | None = None
-    """US dollars per million input tokens; None: by the table in endpoint.py."""
+    """US dollars per million input tokens; None: from the table in endpoint.py."""
     price_out: float | None = None
-    """US dollars per million output tokens, likewise."""
+    """US dollars per million output tokens; None: from the table in endpoint.py."""
 
 
-class Known(NamedTuple):
+class JudgeDefaults(NamedTuple):
+    """Defaults of a judge model, for the options of the same names."""
+
     base_url: str | None = None
     key_variable: str = "OPENAI_API_KEY"
     output: str = "schema"
@@ -88,48 +91,48 @@ class Known(NamedTuple):
     price_out: float | None = None
 
 
-# From the providers' documentation of 2026; we have only called the tests' own servers.
-KNOWN = {
-    # Does not reason unless asked to, which is what lets it take a temperature.
-    "gpt-5.4": Known(price_in=2.5, price_out=15.0),
+# From the providers' documentation of 2026; these endpoints have not been called in our tests.
+JUDGES = {
+    # Does not reason by default; with reasoning it would refuse a temperature.
+    "gpt-5.4": JudgeDefaults(price_in=2.5, price_out=15.0),
     # This endpoint ignores response_format.
-    "claude-sonnet-4-6": Known(
+    "claude-sonnet-4-6": JudgeDefaults(
         "https://api.anthropic.com/v1/", "ANTHROPIC_API_KEY", "text", {}, 3.0, 15.0
     ),
-    # Reasons unless told otherwise, and its reasoning counts as output.
-    "gemini-3.1-flash-lite": Known(
+    # Reasons by default, and its reasoning counts as output tokens.
+    "gemini-3.1-flash-lite": JudgeDefaults(
         "https://generativelanguage.googleapis.com/v1beta/openai/", "GEMINI_API_KEY", "schema",
         {"reasoning_effort": "minimal"}, 0.25, 1.5,
     ),
 }  # fmt: skip
 
 
-def known_judge(model: str) -> Known:
-    """The table's entry, for a model's dated versions too."""
-    return KNOWN.get(re.sub(r"-20\d\d-?\d\d-?\d\d$", "", model), Known())
+def judge_defaults(model: str) -> JudgeDefaults:
+    """The table's entry; a dated version of a model has the model's entry."""
+    return JUDGES.get(re.sub(r"-20\d\d-?\d\d-?\d\d$", "", model), JudgeDefaults())
 
 
 def prices(model: str, config: ClientConfig) -> tuple[float | None, float | None]:
-    """US dollars per million input and output tokens; None where not known."""
-    known = known_judge(model)
+    """US dollars per million input and output tokens; None if unknown."""
+    defaults = judge_defaults(model)
     return (
-        known.price_in if config.price_in is None else config.price_in,
-        known.price_out if config.price_out is None else config.price_out,
+        defaults.price_in if config.price_in is None else config.price_in,
+        defaults.price_out if config.price_out is None else config.price_out,
     )
 
 
 class Service:
-    """A judge's model at its endpoint: the table's entry with the options laid over it."""
+    """A judge's model at its endpoint: the model's defaults, overridden by the options."""
 
     def __init__(self, model: str, endpoint: Endpoint, config: ClientConfig):
-        """Raises ValueError for every mistake that shows before the first request."""
-        known = known_judge(model)
+        """Raises ValueError for every mistake that can be found before the first request."""
+        defaults = judge_defaults(model)
         self.model, self.endpoint, self.config = model, endpoint, config
-        self.output = known.output if endpoint.output == "auto" else endpoint.output
-        self.key_variable = config.key_variable or known.key_variable
+        self.output = defaults.output if endpoint.output == "auto" else endpoint.output
+        self.key_variable = config.key_variable or defaults.key_variable
         self.base_url = (
             endpoint.base_url
-            or known.base_url
+            or defaults.base_url
             or os.environ.get("OPENAI_BASE_URL")
             or "https://api.openai.com/v1"
         )
@@ -141,17 +144,17 @@ class Service:
             )
         self._check_url()
         self.key = self._read_key()
-        self.more = {**known.request, **self._read_request()}
+        self.request_parameters = {**defaults.request, **self._read_request()}
         if config.max_cost is not None and None in (self.price_in, self.price_out):
             raise ValueError(
-                f"judge {model}: its price is not known, so --client.max_cost cannot be kept; give "
-                "--client.price_in and --client.price_out, or use --client.max_calls"
+                f"judge {model}: its price is not known, so --client.max_cost cannot be enforced; "
+                "give --client.price_in and --client.price_out, or use --client.max_calls"
             )
 
     def _check_url(self) -> None:
         url = urlsplit(self.base_url)
-        bare = url.hostname and not url.query and "@" not in url.netloc
-        if url.scheme not in ("http", "https") or not bare:
+        plain = url.hostname and not url.query and "@" not in url.netloc
+        if url.scheme not in ("http", "https") or not plain:
             raise ValueError(
                 f"judge {self.model}: --endpoint.base_url (or OPENAI_BASE_URL) must read "
                 "http(s)://HOST/PATH, without user, password or query; keys belong in the "
@@ -162,27 +165,28 @@ class Service:
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.key_variable):
             raise ValueError(
                 "--client.key_variable takes the name of an environment variable in capitals, such "
-                "as OPENAI_API_KEY, and not the key itself"
+                "as OPENAI_API_KEY, not the key itself"
             )
         if not (key := os.environ.get(self.key_variable)):
             raise ValueError(
                 f"judge {self.model} needs a key: set {self.key_variable} (any word for a local "
-                "server), or use --judge heuristic, an offline stand-in that says nothing about "
-                "real judging"
+                "server), or use --judge heuristic, an offline judge for trying out the code: "
+                "its scores say nothing about a real judge's"
             )
         return key
 
     def _read_request(self) -> dict:
         try:
-            more = json.loads(self.endpoint.request)
+            parameters = json.loads(self.endpoint.request)
         except ValueError:
-            more = None
-        if not isinstance(more, dict) or more.keys() & {"model", "messages", "n", "stream"}:
+            parameters = None
+        reserved = {"model", "messages", "n", "stream"}
+        if not isinstance(parameters, dict) or parameters.keys() & reserved:
             raise ValueError(
                 "--endpoint.request takes a JSON object of request parameters, without model, "
                 f"messages, n and stream; got {self.endpoint.request}"
             )
-        return more
+        return parameters
 
     def request(self, messages: Sequence[dict], form: Form) -> dict:
         """The request body."""
@@ -194,36 +198,39 @@ class Service:
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif self.output == "json":
             body["response_format"] = {"type": "json_object"}
-        body |= self.more
+        body |= self.request_parameters
         return {name: value for name, value in body.items() if value is not None}
 
     def cost(self, tokens_in: int | None, tokens_out: int | None) -> float | None:
-        """US dollars by list price; None where tokens or price are not known."""
+        """US dollars by list price; None if tokens or price are unknown."""
         if None in (tokens_in, tokens_out, self.price_in, self.price_out):
             return None
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     def remedy(self, status: int, error: object, request: dict) -> str:
-        """One sentence for a request that no retry can mend; `error` is what the server said. A
-        401's can quote the key, so it is left out."""
+        """Error message with a remedy, for a request that fails again if it is retried. `error` is
+        the error from the response's body; for 401 and 403 it is not quoted, because it can contain
+        the key."""
         where = f"judge {self.model} at {self.base_url}: HTTP {status}"
         if status in (401, 403):
             return f"{where}: key refused; put a valid one into {self.key_variable}"
         error = error if isinstance(error, dict) else {}
-        said = str(error.get("message") or "request refused").replace(self.key, "[key]")[:400]
+        message = str(error.get("message") or "request refused").replace(self.key, "[key]")[:400]
         if status == 404:
-            return f"{where}: {said}; check --judge and --endpoint.base_url"
-        named = str(error.get("param") or "").split(".")[0]
-        refused = next((p for p in request if p == named), None) or next(
-            (p for p in request if p != "messages" and re.search(rf"\b{p}\b", said)), None
-        )
+            return f"{where}: {message}; check --judge and --endpoint.base_url"
+        # The refused parameter: from the error's field "param", else the first that the error's
+        # message mentions.
+        refused = str(error.get("param") or "").split(".")[0]
+        if refused not in request:
+            mentioned = (p for p in request if p != "messages" and re.search(rf"\b{p}\b", message))
+            refused = next(mentioned, None)
         field = {
             "temperature": "--endpoint.temperature (None leaves it out)",
             "response_format": "--endpoint.output (json, or text)",
-            "messages": "--sampling.max_tokens, or choose a judge that reads more",
+            "messages": "--sampling.max_tokens, or choose a judge with a longer context",
             "model": "--judge",
             self.endpoint.token_limit: "--endpoint.token_limit or --endpoint.max_tokens",
         }.get(refused, f"--endpoint.request ('{{\"{refused}\": null}}' leaves it out)")
         if refused:
-            return f"{where}: refuses the parameter {refused} ({said}); change {field}"
-        return f"{where}: {said}; check --judge and --endpoint.*"
+            return f"{where}: refuses the parameter {refused} ({message}); change {field}"
+        return f"{where}: {message}; check --judge and --endpoint.*"

@@ -1,5 +1,5 @@
-"""An offline stand-in for a judge, made of text statistics: deterministic, free, good for running
-the code. It knows nothing of truth and says nothing about real judging."""
+"""An offline judge from text statistics, for trying out the code: deterministic and free. It cannot
+tell true from false, so its scores say nothing about a real judge's."""
 
 import math
 import re
@@ -23,36 +23,36 @@ _LONG = re.compile(
 
 
 class HeuristicJudge:
-    """Text statistics as scores; a stand-in that says nothing about real judging."""
+    """Scores an answer by text statistics."""
 
     name = "heuristic (text statistics, a stand-in)"
-    client = None  # asks nobody
+    client = None  # sends no requests
 
     async def score(
         self, conversation: Sequence[Turn], answer: str, references: Sequence = (), draw: int = 0
     ) -> Scores:
         request = conversation[-1]["content"]
         words = [w.lower() for w in _WORD.findall(answer)]
-        asked = {_stem(w) for w in map(str.lower, _WORD.findall(request)) if w not in _COMMON}
-        relevance = len(asked & {_stem(w) for w in words}) / len(asked) if asked else 1.0
+        topic = {_stem(w) for w in map(str.lower, _WORD.findall(request)) if w not in _COMMON}
+        relevance = len(topic & {_stem(w) for w in words}) / len(topic) if topic else 1.0
 
-        triples = list(zip(words, words[1:], words[2:], strict=False))
-        fresh = len(set(triples)) / len(triples) if triples else 1.0  # 1 = nothing is said twice
+        trigrams = list(zip(words, words[1:], words[2:], strict=False))
+        fresh = len(set(trigrams)) / len(trigrams) if trigrams else 1.0  # 1: no repetition
 
         flaws = stray(answer)
         ended = bool(re.search(r"([.!?:)\"'”’*\]]|```)$", answer.rstrip()))
         form = (ended + (not flaws["open_fence"]) + (not flaws["stray_label"])) / 3
 
         expected = 15 if _SHORT.search(request) else 150 if _LONG.search(request) else 60  # words
-        size = math.log2((len(words) + 1) / expected)  # 0 = as long as asked for
+        size = math.log2((len(words) + 1) / expected)  # 0: as long as expected
         fit = max(0.0, 1 - abs(size) / 4)
 
-        hard = sum(len(w) >= 8 for w in words) / len(words) if words else 0.0
+        long_words = sum(len(w) >= 8 for w in words) / len(words) if words else 0.0
         return (
             _scale(0.4 * relevance + 0.3 * fit + 0.3 * fresh),
             _scale(0.6 * relevance + 0.2 * fresh + 0.2 * fit),
             _scale(0.6 * fresh + 0.4 * form),
-            _scale(hard / 0.4),
+            _scale(long_words / 0.4),
             _scale(0.5 + size / 6),
         )
 

@@ -1,13 +1,14 @@
-"""Every request to a judge, one line of JSON each, in a file that all ranks share: the cache, the
-account and the evidence in one.
+"""The ledger of judge requests: a JSONL file that all ranks share, with one line per attempt. It is
+the cache of replies, the account of calls and cost, and the record of every judgement.
 
-A line says how the attempt ended: "ok", or the reason why it does not count, with the raw reply,
-tokens, cost and seconds. The line of an attempt that counts holds the whole request too, so that a
-person can read what was asked; its key is the hash of everything that decides the reply. A reply
-that counts is never asked for again. API keys are never in the file.
+A line has the attempt's outcome, "ok" or the reason of the failure, with the raw reply, tokens,
+cost and seconds. A successful attempt's line also has the full request, for the reader. Its key is
+the hash of everything that affects the reply; a valid reply is never requested again. API keys are
+never in the file.
 
-A line {"stop": reason, "start": N} tells the other ranks of launch N that one has given up. A last
-line that a kill cut short is dropped with a warning (files.append_line), and nothing else ever is.
+A line {"stop": reason, "start": N} tells the other ranks of launch N that one has given up. If a
+kill cut the last line short, it is dropped with a warning (files.append_line); no other line is
+ever dropped.
 """
 
 import hashlib
@@ -24,35 +25,36 @@ OK = "ok"
 
 
 def cache_key(endpoint: str, request: dict, draw: int) -> str:
-    """Cache key of a reply: hash of the endpoint's URL, the whole request, and which of several
-    draws of the same request it is."""
+    """Cache key of a reply: hash of the endpoint's URL, the request, and the number of the draw
+    among several independent replies to it."""
     content = json.dumps([endpoint, request, draw], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def question_key(messages: Sequence[dict]) -> str:
-    """Key of a question, whichever judge is asked: hash of the messages."""
+    """Key of a question, the same for every judge: hash of the messages."""
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
 
 
 def read_attempts(path: Path) -> Iterator[dict]:
     """The attempts in a ledger, or in a file that judgements.export wrote."""
     for _, _, row in read_lines(path, what="a judge record"):
-        if row.get("kind", "attempt") in ("attempt", "try") and "stop" not in row:  # "try": older
+        # Older exports have the kind "try".
+        if row.get("kind", "attempt") in ("attempt", "try") and "stop" not in row:
             yield row.get("content", row)
 
 
 class Ledger:
-    """The file as one rank sees it: `refresh` reads what this rank and the others have added."""
+    """One rank's view of the file; `refresh` reads the lines that any rank has added."""
 
     def __init__(self, path: Path, launch: int | None = None):
-        """`launch`: a number that the ranks of one launch share, and no other process has; None for
-        a process alone."""
+        """`launch`: a number that identifies this launch, the same on all its ranks; None for a
+        single process."""
         self.path, self.launch = path, launch or random.SystemRandom().getrandbits(48)
-        self.replies: dict[str, str] = {}  # key -> raw reply that counts; of two the first
+        self.replies: dict[str, str] = {}  # cache key -> raw valid reply, the first if several
         self.calls = 0  # attempts of all ranks and all launches
-        self.cost = 0.0  # US dollars of those whose tokens were reported
-        self._offset = self._number = 0
+        self.cost = 0.0  # in US dollars, of the attempts whose tokens were reported
+        self._offset = self._number = 0  # bytes and lines read
         self.stop: str | None = None  # why a rank of this launch gave up
         self.refresh()
 
@@ -73,7 +75,7 @@ class Ledger:
                 self.replies.setdefault(row["key"], row["reply"])
 
     def give_up(self, reason: str) -> None:
-        """Tell all ranks of this launch."""
+        """Tell all ranks of this launch to stop."""
         append_line(self.path, {"stop": reason, "start": self.launch})
         self.refresh()
 
@@ -88,19 +90,21 @@ class Ledger:
 
 
 def totals(attempts: Sequence[dict]) -> dict[str, object]:
-    """Counts, tokens, US dollars, and seconds of the attempts that count."""
-    good = [t for t in attempts if t["outcome"] == OK]
-    seconds = sorted(t["seconds"] for t in good)
+    """Counts, tokens and US dollars of all attempts, and the seconds of successful ones."""
+    successful = [a for a in attempts if a["outcome"] == OK]
+    failed = Counter(a["outcome"] for a in attempts if a["outcome"] != OK)
+    judgements = len({a["key"] for a in successful})
+    seconds = sorted(a["seconds"] for a in successful)
     return {
         "calls": len(attempts),
-        "judgements": len({t["key"] for t in good}),
-        "paid_twice": len(good) - len({t["key"] for t in good}),
-        "tokens_in": sum(t["tokens_in"] or 0 for t in attempts),
-        "tokens_out": sum(t["tokens_out"] or 0 for t in attempts),
-        "cost": sum(t["cost"] or 0.0 for t in attempts),
-        "cost_unknown": sum(t["cost"] is None for t in attempts),
-        "failed": dict(Counter(t["outcome"] for t in attempts if t["outcome"] != OK).most_common()),
-        "most_attempts": max((t["attempt"] for t in attempts), default=0),
+        "judgements": judgements,
+        "paid_twice": len(successful) - judgements,
+        "tokens_in": sum(a["tokens_in"] or 0 for a in attempts),
+        "tokens_out": sum(a["tokens_out"] or 0 for a in attempts),
+        "cost": sum(a["cost"] or 0.0 for a in attempts),
+        "cost_unknown": sum(a["cost"] is None for a in attempts),
+        "failed": dict(failed.most_common()),
+        "most_attempts": max((a["attempt"] for a in attempts), default=0),
         "seconds": {p: seconds[round((len(seconds) - 1) * p / 100)] for p in (50, 90, 99, 100)}
         if seconds
         else {},
@@ -110,11 +114,11 @@ def totals(attempts: Sequence[dict]) -> dict[str, object]:
 def render_totals(attempts: Sequence[dict]) -> str:
     """A paragraph per judge as text."""
     paragraphs = []
-    for model, endpoint in sorted({(t["model"], t["endpoint"]) for t in attempts}):
-        mine = [t for t in attempts if (t["model"], t["endpoint"]) == (model, endpoint)]
-        t = totals(mine)
-        served = Counter(x["served_model"] for x in mine if x["outcome"] == OK)
-        forms = Counter(x["form"] for x in mine if x["outcome"] == OK)
+    for model, endpoint in sorted({(a["model"], a["endpoint"]) for a in attempts}):
+        judge_attempts = [a for a in attempts if (a["model"], a["endpoint"]) == (model, endpoint)]
+        t = totals(judge_attempts)
+        served = Counter(a["served_model"] for a in judge_attempts if a["outcome"] == OK)
+        forms = Counter(a["form"] for a in judge_attempts if a["outcome"] == OK)
         failed = sum(t["failed"].values())
         lines = [
             f"{model} at {endpoint}",
@@ -129,8 +133,8 @@ def render_totals(attempts: Sequence[dict]) -> str:
             "cost (no price, or no token count: errors, time-outs)",
         ]
         if t["seconds"]:
-            shown = ", ".join(f"{p} %: {s:.2f}" for p, s in t["seconds"].items())
-            lines.append(f"seconds      {shown} of the calls that count took at most this")
+            percentiles = ", ".join(f"{p} %: {s:.2f}" for p, s in t["seconds"].items())
+            lines.append(f"seconds      {percentiles} of the successful calls took at most this")
         lines += [f"failed       {n:6,}  {reason}" for reason, n in t["failed"].items()]
         paragraphs.append("\n  ".join(lines))
     return "\n\n".join(paragraphs) or "no judgement on file (offline judges are not recorded)"

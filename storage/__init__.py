@@ -1,1 +1,1 @@
-"""Files: prompts and models in, rollouts, metrics and run folders out."""
+"""Reading and writing files: prompts, models, rollouts, metrics, run folders."""

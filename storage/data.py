@@ -1,18 +1,18 @@
 """Prompt files -> `Prompt(id, conversation, references)` (Sec. 4.1, Benchmarks).
 
-The kind of a file is told by the fields of its first row:
+The fields of a file's first row decide its kind:
 
     HelpSteer2    prompt, response, helpfulness, correctness, coherence, complexity, verbosity
     (labels 0-4)
     Arena-Hard    uid, prompt (v2.0)
     AlpacaEval    instruction
     WildBench     session_id, conversation_input (v2: multi-turn)
-    plain         prompt, or conversation (a list of {"role", "content"} turns); id if there is one
+    plain         prompt, or conversation (a list of {"role", "content"} turns); optionally id
 
 A file is JSONL, JSONL.gz, one JSON list, or parquet. HelpSteer2 rows with the same prompt become
-one Prompt, whose reference responses carry the human labels doubled to the 0-9 scale (App. B.3). Of
-the other kinds, a repeated prompt is kept once. Errors name the file and the line (the row, in a
-JSON list or parquet).
+one Prompt, whose reference responses have the human labels doubled to the 0-9 scale (App. B.3). In
+files of the other kinds, duplicate prompts are removed. Errors name the file and the line (in a
+JSON list or parquet: the row).
 """
 
 import gzip
@@ -34,7 +34,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class DataError(ValueError):
-    """A prompt file that cannot be used; the message names file, line and remedy."""
+    """A prompt file that cannot be used. The message names file, line and remedy."""
 
 
 class Reference(NamedTuple):
@@ -50,57 +50,58 @@ class Prompt:
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """All unique prompts of a file, in file order. Raises DataError for anything that cannot be
-    read as prompts."""
+    """All unique prompts of a file, in file order. Raises DataError if the file or a row of it is
+    not valid."""
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; give a JSONL file of prompts with --data (its kinds: see "
-            "data.py), or a hub id (see hub.py)"
+            f"{path}: no such file; give a JSONL file of prompts with --data (kinds: see "
+            "storage/data.py), or a hub id (see storage/hub.py)"
         )
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     kind = None
     for where, row in _rows(path):
         kind = kind or _kind(where, row)
         prompt = KINDS[kind](where, row)
-        if prompt.id in found:
-            old = found[prompt.id]
-            if old.conversation != prompt.conversation:
+        if earlier := prompts.get(prompt.id):
+            if earlier.conversation != prompt.conversation:
                 raise DataError(
                     f"{where}: id {prompt.id!r} was used before for another conversation; make "
                     "ids unique"
                 )
-            prompt = Prompt(prompt.id, prompt.conversation, old.references + prompt.references)
-        found[prompt.id] = prompt
-    if not found:
+            references = earlier.references + prompt.references
+            prompt = Prompt(prompt.id, prompt.conversation, references)
+        prompts[prompt.id] = prompt
+    if not prompts:
         raise DataError(f"{path}: the file holds no prompt; give one JSON object per line")
-    return list(found.values())
+    return list(prompts.values())
 
 
 def load_answers(path: str | Path, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Another model's answers to some of these prompts, by prompt id. A row has the answer
-    (`answer`, or AlpacaEval's `output`) and either the prompt's id (id, uid, session_id) or its
-    text (prompt, instruction). Raises DataError."""
+    """Another model's answers to some of these prompts, by prompt id. A row has a field with the
+    answer (answer, or AlpacaEval's output) and one with either the prompt's id (id, uid,
+    session_id) or its text (prompt, instruction). Raises DataError."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; give answers as JSON lines or one JSON list")
     ids = {p.id for p in prompts}
     by_text = {p.conversation[0]["content"]: p.id for p in prompts if len(p.conversation) == 1}
-    found = {}
+    answers: dict[str, str] = {}
     for where, row in _rows(path):
         answer = row.get("answer", row.get("output"))
         if not isinstance(answer, str):
             raise DataError(f"{where}: no text in a field answer or output")
-        given = next((str(row[f]) for f in ("id", "uid", "session_id") if f in row), None)
+        row_id = next((str(row[f]) for f in ("id", "uid", "session_id") if f in row), None)
         text = row.get("prompt", row.get("instruction"))
-        if (prompt := given if given in ids else by_text.get(text)) and answer.strip():
-            found[prompt] = answer.strip()
-    if not found:
+        prompt_id = row_id if row_id in ids else by_text.get(text)
+        if prompt_id and answer.strip():
+            answers[prompt_id] = answer.strip()
+    if not answers:
         raise DataError(
             f"{path}: no row answers one of the {len(prompts)} prompts; rows need a prompt's id or "
             "its text in a field prompt or instruction"
         )
-    return found
+    return answers
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -120,7 +121,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
         )
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    lines = text.split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+    lines = text.split("\n")  # not splitlines(), which splits at a U+2028 inside a JSON string
     if text.lstrip().startswith("["):
         try:
             rows = enumerate(json.loads(text), 1)
@@ -230,13 +231,13 @@ def _plain(where: str, row: dict) -> Prompt:
 
 
 def _turns(where: str, row: dict, field: str) -> tuple[Turn, ...]:
-    """A list of turns; their fields beside role and content are left out."""
+    """The turns in a row's field, each with its role and content only."""
     turns = row[field]
-    good = isinstance(turns, list) and all(
+    valid = isinstance(turns, list) and all(
         isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str)
         for t in turns
     )
-    if not good or not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+    if not valid or not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
         raise DataError(
             f"{where}: {field} must be a list of turns {{'role': user|assistant|system, "
             f"'content': text}} that ends with the user's"
@@ -254,13 +255,13 @@ KINDS = {
 
 
 def near_duplicates(
-    prompts: Sequence[Prompt], known: Sequence[Prompt], threshold: float = 0.8
+    prompts: Sequence[Prompt], others: Sequence[Prompt], threshold: float = 0.8
 ) -> list[bool]:
-    """Which prompts are nearly one of the known: cosine of their character 5-grams, weighted by
-    rarity, at or above the threshold."""
-    if not prompts or not known:
+    """For each of `prompts`, whether it nearly duplicates one of `others`: cosine similarity of
+    TF-IDF vectors of character 5-grams at or above the threshold."""
+    if not prompts or not others:
         return [False] * len(prompts)
-    texts = ["\n".join(t["content"] for t in p.conversation) for p in (*known, *prompts)]
-    grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(5, 5)).fit_transform(texts)
-    alike = linear_kernel(grams[len(known) :], grams[: len(known)])  # (prompts, known)
-    return (alike.max(axis=1) >= threshold).tolist()
+    texts = ["\n".join(t["content"] for t in p.conversation) for p in (*others, *prompts)]
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(5, 5)).fit_transform(texts)
+    similarity = linear_kernel(vectors[len(others) :], vectors[: len(others)])  # (prompts, others)
+    return (similarity.max(axis=1) >= threshold).tolist()

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSONL files that survive a kill."""
+"""Atomic writing of files and folders, and JSONL files that survive a kill."""
 
 import fcntl
 import json
@@ -11,44 +11,45 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file: aside, to disk, then renamed into place."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as f:
+    """Write a small file atomically: write a temporary file, fsync it, rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)
 
 
-def publish(aside: Path, target: Path) -> None:
-    """Rename a finished folder into place, its contents safely on disk first."""
-    for path in (*(p for p in aside.rglob("*") if p.is_file()), aside):
+def publish(temporary: Path, target: Path) -> None:
+    """Fsync a finished temporary folder with its files, then rename it to `target`."""
+    for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
-    os.rename(aside, target)
+    os.rename(temporary, target)
 
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `folder` once the block has ended
-    well."""
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
+    """An empty temporary folder to write to; it replaces `folder` if the `with` block ends without
+    an exception."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
     shutil.rmtree(folder, ignore_errors=True)
-    publish(aside, folder)
+    publish(temporary, folder)
 
 
 def read_lines(
     path: Path, offset: int = 0, number: int = 0, what: str = "a JSON object"
 ) -> Iterator[tuple[int, int, dict]]:
-    """(line number, offset after it, row) of each whole line from a byte offset on; `number` lines
-    stand before it. A last line without an end is being written, or was cut short by a kill, and is
-    left out.
+    """(line number, byte offset after the line, row) of each complete line from byte `offset` on,
+    before which there are `number` lines. A last line without a newline, which is being written or
+    was cut short by a kill, is left out.
 
-    Raises ValueError with file and line for one that is not `what`.
+    Raises ValueError with file and line for a line that is not a JSON object; `what` names in the
+    message what was expected.
     """
     with open(path, "rb") as f:
         f.seek(offset)
@@ -63,24 +64,24 @@ def read_lines(
             except ValueError as error:
                 raise ValueError(
                     f"{path}:{number}: not {what} ({error}); restore the file, or delete this "
-                    "line: what it held is then computed or asked again"
+                    "line: its content is then computed or requested again"
                 ) from None
             yield number, offset, row
 
 
 def append_line(path: Path, row: dict) -> None:
-    """Add a line of JSON in one locked write, on disk when this returns; processes can share a
-    file. What a kill left of a half-written last line is dropped first."""
+    """Append a line of JSON in one write under a file lock, so that processes can share a file. The
+    line is on disk when this returns. An incomplete last line, left by a kill, is dropped first."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
     with open(path, "a+b", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         _drop_torn(path, f)
-        f.write(line.encode(errors="backslashreplace"))  # a lone surrogate as JSON's own escape
+        f.write(line.encode(errors="backslashreplace"))  # a lone surrogate becomes a JSON escape
         os.fsync(f.fileno())
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off what a kill left of a half-written last line."""
+    """Remove an incomplete last line, left by a kill."""
     with open(path, "r+b", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         _drop_torn(path, f)

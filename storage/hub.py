@@ -5,9 +5,9 @@
               allenai/WildBench, or any file of a dataset repository as ORG/NAME/PATH, such as
               nvidia/HelpSteer2/validation.jsonl.gz
 
-A path that exists wins over a hub id. Only the files that are named here are fetched: of a model
-its configuration, tokenizer and safetensors, of a dataset one file. They stay in the hub's own
-cache."""
+An existing path takes precedence over a hub id. Only these files are fetched: of a model its
+configuration, tokenizer and safetensors, of a dataset one file. They are stored in the cache of
+huggingface_hub."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-# The file that a dataset's id alone stands for.
+# The file of a dataset that is given by its id alone.
 FILES = {
     "nvidia/HelpSteer2": "train.jsonl.gz",
     "tatsu-lab/alpaca_eval": "alpaca_eval.json",
@@ -31,8 +31,8 @@ _DATA_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:/(.+))?")
 
 
 def model_folder(name: str) -> Path:
-    """The model's local folder with configuration and tokenizer; a hub model's weights may be
-    missing in it. Raises ValueError."""
+    """The model's local folder with configuration and tokenizer. A hub model's weights are not
+    fetched yet. Raises ValueError."""
     if Path(name).is_dir():
         return Path(name)
     if not _MODEL_ID.fullmatch(name):
@@ -44,19 +44,21 @@ def model_folder(name: str) -> Path:
 
 
 def fetch_weights(name: str) -> None:
-    """Have all of the model's safetensors files in its folder. Raises ValueError."""
+    """Fetch a hub model's weights; check that the model's folder has all its safetensors files.
+    Raises ValueError."""
     folder = Path(name)
     if not folder.is_dir():
-        what = f"model {name}: its weights are not here"
-        folder = _fetch(name, "model", (*_SETTINGS, *_WEIGHTS), what, "--model DIR")
-    found = {path.name for path in folder.glob("*.safetensors")}
-    if not found:
+        problem = f"model {name}: its weights are not on this machine"
+        folder = _fetch(name, "model", (*_SETTINGS, *_WEIGHTS), problem, "--model DIR")
+    weight_files = {path.name for path in folder.glob("*.safetensors")}
+    if not weight_files:
         raise ValueError(
             f"model {folder}: no *.safetensors file; other weight formats can run code and are "
             "not loaded"
         )
     for index in folder.glob("*.safetensors.index.json"):
-        if missing := set(json.loads(index.read_text())["weight_map"].values()) - found:
+        indexed = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := indexed - weight_files:
             raise ValueError(
                 f"model {folder}: {', '.join(sorted(missing))} missing; fetch it again"
             )
@@ -65,11 +67,11 @@ def fetch_weights(name: str) -> None:
 def data_file(name: str) -> Path:
     """The prompt file's local path. Raises ValueError for a hub file that cannot be fetched."""
     path = Path(name)
-    known = _DATA_ID.fullmatch(name)
-    repository, file = known.groups() if known else (None, None)
+    match = _DATA_ID.fullmatch(name)
+    repository, file = match.groups() if match else (None, None)
     file = file or FILES.get(repository)
     if path.is_file() or not file:
-        return path  # if there is no such file, data.py says so
+        return path  # load_prompts reports a missing file
     remedy = f"--data DIR/{file}"
     path = _fetch(repository, "dataset", (file,), f"data {name}: no such file", remedy) / file
     if not path.is_file():
@@ -80,11 +82,11 @@ def data_file(name: str) -> Path:
 def _fetch(name: str, kind: str, files: tuple[str, ...], problem: str, remedy: str) -> Path:
     try:
         top_level = {"ignore_patterns": "*/*"} if kind == "model" else {}
-        found = snapshot_download(name, repo_type=kind, allow_patterns=list(files), **top_level)
+        folder = snapshot_download(name, repo_type=kind, allow_patterns=list(files), **top_level)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         arguments = name if kind == "model" else f"{name} {files[0]} --repo-type dataset"
         raise ValueError(
-            f"{problem}, and the hub gives none ({type(error).__name__}); where there is a "
-            f"network, `hf download {arguments} --local-dir DIR`, then give {remedy}"
+            f"{problem}, and it cannot be fetched from the hub ({type(error).__name__}); on a "
+            f"machine with a network, `hf download {arguments} --local-dir DIR`, then give {remedy}"
         ) from None
-    return Path(found)
+    return Path(folder)

@@ -1,4 +1,4 @@
-"""Run metadata, metrics, timing: config.json, env.json, wandb, and where the wall time went."""
+"""Run metadata, logging and timing: config.json, env.json, wandb, and wall time by part."""
 
 import dataclasses
 import json
@@ -21,7 +21,8 @@ from storage.run_folder import Folder, RunFolder
 
 
 class Clock:
-    """`with clock("sampling"): ...` adds to a part; parts do not nest; the rest is "other"."""
+    """Wall time by part: `with clock("sampling"): ...` adds the block's time to a part. Parts must
+    not be nested. Time outside all parts is "other"."""
 
     def __init__(self):
         self.spent: Counter[str] = Counter()
@@ -42,7 +43,7 @@ class Clock:
             self.spent[part] += time.perf_counter() - started
 
     def lap(self) -> dict[str, float]:
-        """Seconds by part since the last lap, with "other" and their sum "wall"."""
+        """Seconds by part since the last call, with "other" and the sum "wall"."""
         now = time.perf_counter()
         wall = now - self._since
         parts = {**self.spent, "other": wall - sum(self.spent.values()), "wall": wall}
@@ -57,41 +58,41 @@ def check_same_config(
     may_change: Collection[str] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> None:
-    """ValueError if the folder holds a run of another configuration (a dataclass), naming the
-    fields that differ. `may_change`: fields, or "field.field" inside one. `renamed`: older names
-    of fields -> today's."""
+    """Raises ValueError, naming the fields that differ, if the folder holds a run of another
+    configuration. `config`: a dataclass. `may_change`: names of fields that may differ, as "field"
+    or "field.subfield". `renamed`: former name of a field -> present name."""
     if not folder.config_file.exists():
         return
-    before = {(renamed or {}).get(key, key): value for key, value in folder.config().items()}
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    former = {(renamed or {}).get(key, key): value for key, value in folder.config().items()}
+    present = json.loads(json.dumps(dataclasses.asdict(config)))
     differing = [
         key
-        for key in sorted(_differing(before, now))
+        for key in sorted(_differing(former, present))
         if not {key, key.split(".")[0]} & {*may_change}
     ]
     if differing:
         raise ValueError(
             f"{folder} holds a run of another configuration (it differs in "
-            f"{', '.join(differing)}); choose another --name, or give the same options to go on "
-            "with it"
+            f"{', '.join(differing)}); choose another --name, or give the same options to continue "
+            "that run"
         )
 
 
-def _differing(before: dict, now: dict, within: str = "") -> set[str]:
-    """Keys, those of dictionaries inside as "key.key"."""
+def _differing(a: dict, b: dict, prefix: str = "") -> set[str]:
+    """Keys whose values differ; for nested dictionaries as "key.subkey"."""
     keys = set()
-    for key in before.keys() | now.keys():
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys |= _differing(a, b, f"{within}{key}.")
-        elif a != b:
-            keys.add(within + key)
+    for key in a.keys() | b.keys():
+        value_a, value_b = a.get(key), b.get(key)
+        if isinstance(value_a, dict) and isinstance(value_b, dict):
+            keys |= _differing(value_a, value_b, f"{prefix}{key}.")
+        elif value_a != value_b:
+            keys.add(prefix + key)
     return keys
 
 
 def open_folder(folder: Folder, config: object, model: Path, ranks: int) -> None:
-    """Make the folder, write config.json, add this launch to env.json, and cut off the torn last
-    lines that a kill left. Rank 0 only."""
+    """Create the folder, write config.json, add this launch to env.json, and remove incomplete last
+    lines of JSONL files, left by a kill. Rank 0 only."""
     folder.path.mkdir(parents=True, exist_ok=True)
     write_text(folder.config_file, json.dumps(dataclasses.asdict(config), indent=2))
     launches = json.loads(folder.env_file.read_text()) if folder.env_file.exists() else []
@@ -102,12 +103,14 @@ def open_folder(folder: Folder, config: object, model: Path, ranks: int) -> None
 
 
 def environment(ranks: int) -> dict:
-    """What repeating the run takes: commit, versions, devices. No environment variables."""
+    """What is needed to repeat the run: commit, versions, devices. No environment variables."""
 
     def git(*args: str) -> str | None:
         root = Path(__file__).parent
-        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
+        result = subprocess.run(
+            ["git", *args], cwd=root, capture_output=True, text=True, check=False
+        )
+        return result.stdout.strip() if result.returncode == 0 else None
 
     def installed(name: str) -> str | None:
         try:
@@ -130,18 +133,19 @@ def environment(ranks: int) -> dict:
 
 
 def wandb_ready() -> bool:
-    """Whether wandb can log: it has a key, or needs none."""
+    """Whether wandb can log: it has a key, or its mode needs none."""
     import wandb
 
     return os.environ.get("WANDB_MODE") in ("offline", "disabled") or bool(wandb.api.api_key)
 
 
 def open_wandb(folder: RunFolder, config: object, ranks: int):
-    """A Weights & Biases run with the folder's id, made at the first launch. It gets the options
-    and the metrics: no prompt, no answer, no key, nothing of the machine but package versions."""
+    """The Weights & Biases run of a run folder, created at the first launch and resumed at later
+    ones. Options, metrics and the environment (commit, package versions, device) are uploaded: no
+    prompts, no answers, no keys, nothing else about the machine."""
     import wandb
 
-    quiet = wandb.Settings(
+    settings = wandb.Settings(
         console="off", save_code=False, disable_git=True, disable_job_creation=True,
         x_disable_meta=True, x_disable_stats=True, silent=True,
     )  # fmt: skip
@@ -152,7 +156,7 @@ def open_wandb(folder: RunFolder, config: object, ranks: int):
         resume="allow",
         dir=folder.path,
         config={**dataclasses.asdict(config), "environment": environment(ranks)},
-        settings=quiet,
+        settings=settings,
     )
     write_text(folder.wandb_id_file, run.id)
     run.define_metric("*", step_metric="sample_passes")
@@ -160,7 +164,7 @@ def open_wandb(folder: RunFolder, config: object, ranks: int):
 
 
 def coloured(ids: Sequence[int], mask: Sequence[bool], tokenizer) -> str:
-    """A row as text for a terminal: tokens in the loss on green, the others dim."""
+    """A row as text for a terminal: tokens in the loss with a green background, the others dim."""
     text = ""
     for in_loss, group in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
         piece = tokenizer.decode([i for i, _ in group])

@@ -1,7 +1,7 @@
-"""The record of one rollout, and JSONL files of them.
+"""The record of one rollout, and JSONL files of rollouts.
 
-A run appends every rollout, malformed ones too, as soon as it is judged, so that a killed run loses
-nothing that was paid for.
+A run appends every rollout, malformed ones included, as soon as it is judged, so that a killed run
+loses no judgement that was paid for.
 """
 
 import hashlib
@@ -16,29 +16,30 @@ from storage.files import append_line
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response of the policy with its self-scores, the judge's scores and its reward: a line of
-    rollouts/cycle_NN.jsonl as it stands."""
+    """One response of the policy with its self-scores, the judge's scores and its reward. A line of
+    rollouts/cycle_NN.jsonl has the same fields."""
 
     cycle: int  # from 1, as in Algorithm 1
     step: int  # RL step within the cycle, from 1
     prompt_id: str
-    sample: int  # which of the prompt's rollouts, from 0
-    seed: int  # of the sampler
+    sample: int  # number of the rollout within its group, from 0
+    seed: int  # with which it was sampled
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # as sampled, stop text included
     text: str  # the tokenizer's decoding of response_ids
     finish_reason: str  # "stop" (stop text or end-of-sequence token) or "length" (cut at the limit)
-    answer: str | None  # text before the block, None if malformed
+    answer: str | None  # text before the self-evaluation block; None if malformed
     self_scores: tuple[int, ...] | None  # None if malformed
-    # Indices into response_ids; None if malformed, or if a digit shares its token.
+    # Indices into response_ids; None if malformed, or if a score digit is not a separate token.
     score_positions: tuple[int, ...] | None
     judge_scores: tuple[int, ...] | None  # None if malformed: such a response is never judged
     judge_model: str | None
     reward: float
     quality: float | None
     calibration: float | None
-    weight_version: str  # which weights sampled it: "c2s7" is cycle 2 after 7 RL steps
-    # The sampler's log-probabilities at temperature 1, for the alarm (grpo.py, note 2).
+    weight_version: str  # weights that it was sampled with: "c2s7" is cycle 2 after 7 RL steps
+    # The sampler's log-probabilities at temperature 1, compared with the trainer's (grpo.py, note
+    # 2).
     sampled_logp: tuple[float, ...] | None = None
 
     @property
@@ -47,22 +48,22 @@ class Rollout:
 
 
 def answer_text(r: Rollout) -> str:
-    """The answer, also of a malformed response: the text before its first tag."""
+    """The answer; of a malformed response the text before its first [SELF_EVAL]."""
     return r.answer if r.answer is not None else r.text.partition(OPEN)[0].strip()
 
 
 def answer_id(r: Rollout) -> str:
-    """Tells whether a line is about this very answer."""
+    """Identifies the response, so that lines of other files can refer to it."""
     return hashlib.blake2b(repr(r.response_ids).encode(), digest_size=6).hexdigest()
 
 
 def append_rollout(path: Path, rollout: Rollout) -> None:
-    """Add one rollout to a file that all ranks may share."""
+    """Append one rollout to a file; ranks may share the file."""
     append_line(path, asdict(rollout))
 
 
 def rollout_from_row(row: dict) -> Rollout:
-    """A rollout from its line; unknown fields are ignored."""
+    """A rollout from a row of its file; unknown fields are ignored."""
     names = {f.name for f in fields(Rollout)}
     return Rollout(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in names}
@@ -70,8 +71,8 @@ def rollout_from_row(row: dict) -> Rollout:
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
-    """All rollouts of a file; of two with the same key the later one. A torn last line is left out
-    with a warning.
+    """All rollouts of a file; of several with the same key the last one. An incomplete last line is
+    left out with a warning.
 
     Raises ValueError with file and line for any other line that is not a rollout.
     """
@@ -90,6 +91,6 @@ def read_rollouts(path: Path) -> list[Rollout]:
             raise ValueError(
                 f"{path}:{number}: not a rollout ({error}); remove the line or the file"
             ) from error
-        rollouts.pop(rollout.key, None)  # so that the order is that of the last writing
+        rollouts.pop(rollout.key, None)  # so that a rewritten rollout moves to the end
         rollouts[rollout.key] = rollout
     return list(rollouts.values())

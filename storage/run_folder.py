@@ -1,29 +1,28 @@
-"""What lies where in a run's folder and in an evaluation's. No other file knows these names.
+"""File names in the folders of runs and evaluations; no other module spells them out.
 
 runs/NAME/                        RunFolder
-    config.json  env.json         options as used; commit, versions and devices of each launch
+    config.json  env.json         the options; commit, versions and devices of each launch
     window.json                   ids of the training prompts
     metrics.jsonl                 one line per RL step, SFT update and cycle
-    rollouts/cycle_NN.jsonl       every response, its scores and the judge's
+    rollouts/cycle_NN.jsonl       every response with its self-scores and the judge's scores
     judge_cache.jsonl             every request to the judge (judging/ledger.py)
-    checkpoints/cycle_NN/         Hugging Face folders in bf16; cycle_NN_step_NNNNN in a phase
+    checkpoints/cycle_NN/         Hugging Face folders in bf16; within phase 1 cycle_NN_step_NNNNN
     state/                        fp32 shards to resume from (backend/parallel.py)
 results/NAME/                     EvaluationFolder
-    models.json                   the models in the order first asked for, the base first
-    window.jsonl                  the base's scores for the training window's answers
+    models.json                   the models in the order of their first evaluation, base first
+    window.jsonl                  the base's self-scores for the training window's answers
     BENCHMARK/stronger.jsonl      judgements of a stronger model's answers
     BENCHMARK/MODEL/              CellFolder: config.json, env.json, judge_cache.jsonl and
         rollouts.jsonl            the answers
-        summary.json              their figures
-        digits_SCORER.jsonl       SCORER's log-probabilities of the digits after these answers
-        sensitivity.jsonl         scores for exchanged and cut answers
-        scores_JUDGE.jsonl        further judgements
-        preferences.jsonl         the pairwise referee
+        summary.json              metrics of the answers
+        digits_SCORER.jsonl       SCORER's log-probabilities of the score digits for these answers
+        sensitivity.jsonl         self-scores for exchanged and truncated answers
+        scores_JUDGE.jsonl        judgements by JUDGE beyond those in rollouts.jsonl
+        preferences.jsonl         pairwise preferences against the base's answers
 """
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from storage.record import Rollout, read_rollouts
 
 @dataclass(frozen=True)
 class Folder:
-    """What a run's folder and a cell's have in common."""
+    """Files that the folders of runs and of cells have in common."""
 
     path: Path
 
@@ -80,12 +79,13 @@ class RunFolder(Folder):
         return self.path / "rollouts" / f"cycle_{cycle:02d}.jsonl"
 
     def checkpoint(self, cycle: int, step: int | None = None) -> Path:
-        """After a cycle, or after an RL step within its phase 1."""
+        """The checkpoint after a cycle, or after an RL step within its phase 1."""
         name = f"cycle_{cycle:02d}" if step is None else f"cycle_{cycle:02d}_step_{step:05d}"
         return self.path / "checkpoints" / name
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first: "~" sorts after "_", so a cycle's last one follows those of its steps."""
+        """Oldest first. "~" sorts after "_", so that a cycle's final checkpoint comes after those
+        of its steps."""
         return sorted((self.path / "checkpoints").glob("cycle_*"), key=lambda path: path.name + "~")
 
     def all_rollouts(self) -> list[Rollout]:
@@ -105,24 +105,23 @@ class RunFolder(Folder):
         return [row for _, _, row in read_lines(self.metrics_file)]
 
     def keep_metrics_until(self, cycle: int, step: int) -> None:
-        """Drop the lines written after the state (cycle, step); a continuation writes them anew."""
-        self._rewrite_metrics(lambda line: not _after(line, cycle, step))
-
-    def _rewrite_metrics(self, keep: Callable[[dict], bool]) -> None:
-        lines = [json.dumps(line) + "\n" for line in self.metrics() if keep(line)]
-        write_text(self.metrics_file, "".join(lines))
+        """Drop the lines that were written after the state (cycle, step): the continued run writes
+        them again."""
+        lines = [line for line in self.metrics() if not _after(line, cycle, step)]
+        write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _after(line: dict, cycle: int, step: int | None) -> bool:
-    """Whether a line of metrics.jsonl was written after an RL step of a cycle; None: after its
-    end."""
+    """Whether a line of metrics.jsonl was written after an RL step of a cycle; with step None,
+    whether it was written after the end of the cycle."""
     if line["cycle"] != cycle or step is None:
         return line["cycle"] > cycle
     return line["phase"] not in ("rl", "setup") or line["step"] > step
 
 
 def metrics_until(checkpoint: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl up to one of its checkpoints; [] if there are none."""
+    """The lines of a run's metrics.jsonl up to one of its checkpoints; [] if the file is
+    missing."""
     _, cycle, *rest = checkpoint.name.split("_")  # cycle_NN, or cycle_NN_step_NNNNN in phase 1
     step = int(rest[1]) if rest else None
     lines = RunFolder(checkpoint.parent.parent).metrics()
@@ -152,7 +151,7 @@ class CellFolder(Folder):
         return self.path / f"digits_{scorer}.jsonl"
 
     def digits_files(self) -> dict[str, Path]:
-        """By scorer."""
+        """Path by scorer."""
         paths = self.path.glob("digits_*.jsonl")
         return {path.stem.removeprefix("digits_"): path for path in paths}
 
@@ -160,7 +159,7 @@ class CellFolder(Folder):
         return self.path / f"scores_{file_name(judge)}.jsonl"
 
     def scores_files(self) -> dict[str, Path]:
-        """By the judge's name as it stands in the file's (see `file_name`)."""
+        """Path by the judge's name in its `file_name` form."""
         paths = self.path.glob("scores_*.jsonl")
         return {path.stem.removeprefix("scores_"): path for path in paths}
 
@@ -168,8 +167,8 @@ class CellFolder(Folder):
         return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else {}
 
     def answers(self) -> list[Rollout]:
-        """Those of the newest weights, one for each sample, in an order that does not depend on
-        which was finished first."""
+        """The rollouts of the newest weights, one per sample, ordered by key and not by the time at
+        which they finished."""
         rows = read_rollouts(self.rollouts_file)
         newest = [r for r in rows if r.weight_version == rows[-1].weight_version]
         by_sample = {(r.prompt_id, r.sample): r for r in newest}
@@ -192,23 +191,25 @@ class EvaluationFolder:
         return self.path / benchmark / "stronger.jsonl"
 
     def stronger_files(self) -> dict[str, Path]:
-        """By benchmark."""
+        """Path by benchmark."""
         return {path.parent.name: path for path in self.path.glob("*/stronger.jsonl")}
 
     def cell(self, benchmark: str, model: str) -> CellFolder:
         return CellFolder(self.path / benchmark / model)
 
     def cells(self) -> dict[tuple[str, str], CellFolder]:
-        """By (benchmark, model): benchmarks by name, models in the order of models.json."""
+        """Cells by (benchmark, model). Models are in the order of models.json, and benchmarks of a
+        model by name."""
         order = json.loads(self.models_file.read_text()) if self.models_file.exists() else []
 
-        def place(path: Path) -> tuple[int, Path]:
+        def sort_key(path: Path) -> tuple[int, Path]:
             return (order.index(path.name) if path.name in order else len(order)), path
 
         paths = [path.parent for path in self.path.glob("*/*/config.json")]
-        return {(p.parent.name, p.name): CellFolder(p) for p in sorted(paths, key=place)}
+        return {(p.parent.name, p.name): CellFolder(p) for p in sorted(paths, key=sort_key)}
 
 
 def file_name(judge: str) -> str:
-    """A judge's name with "_" in place of what a file name should not hold."""
+    """A judge's name as part of a file name, with "_" for other characters than letters, digits,
+    ".", "+" and "-"."""
     return re.sub(r"[^A-Za-z0-9.+-]", "_", judge)

@@ -88,7 +88,8 @@ def test_the_table_knows_the_papers_judges(monkeypatch):
                    request='{"reasoning_effort": null}')  # fmt: skip
     moved = Service("gemini-3.1-flash-lite", own, ClientConfig(key_variable="OPENAI_API_KEY"))
     assert moved.base_url == "https://example.org/v1" and moved.key == "key of OPENAI_API_KEY"
-    assert moved.more == {"reasoning_effort": None} and gemini.more["reasoning_effort"] == "minimal"
+    assert moved.request_parameters == {"reasoning_effort": None}
+    assert gemini.request_parameters["reasoning_effort"] == "minimal"
 
 
 BAD = {

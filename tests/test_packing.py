@@ -43,7 +43,7 @@ def test_equal_to_one_row_after_the_other(
     attends row by row, two or three rows at a time, or all at once; None: padded rows."""
     folder, shared = random_folder(kind, tied), queries is not None
     if shared:
-        monkeypatch.setattr(packing, "QUERIES", queries)
+        monkeypatch.setattr(packing, "MIN_QUERIES", queries)
     config = PolicyConfig(
         "float32", head_tokens=3, gradient_checkpointing=checkpointing, shared_prefix=shared
     )

@@ -81,7 +81,7 @@ def test_the_engine_samples_with_the_policys_weights(tmp_path, random_folder, ki
     assert one["unfinished"] == 0
     assert "prefix cache" in one["mid_sampling"]
     if tied:
-        assert one["no_head"] == "the policy's weights are not the engine's: lm_head.weight"
+        assert one["no_head"] == "policy and engine have different weights: lm_head.weight"
         assert one["no_head_gap"] > GAP_ALARM
 
 
