@@ -42,7 +42,8 @@ class Command:
     out: Path = Path("report")
     """Folder for tables, figures and page."""
     models: tuple[str, ...] = ()
-    """Which models, the base first; none: all."""
+    """Which models the tables show, the base first; none: all. Figure 2 shows all checkpoints on
+    file."""
     show: int = 200
     """Answers of each model to each benchmark on the page, and of each run, evenly from its cycles;
     as many malformed ones at most; 0: all."""

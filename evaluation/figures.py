@@ -58,10 +58,10 @@ def costs(checkpoints: Sequence[Path]) -> dict[Path, Costs]:
 
 
 def costs_of_models(results: Results) -> dict[str, dict[str, Costs]]:
-    """run -> model -> costs, of the models that are a run's checkpoint
+    """run -> model -> costs, of all models on file that are a run's checkpoint
     runs/NAME/checkpoints/cycle_NN..., in the order of their costs."""
     runs: dict[Path, dict[Path, str]] = {}
-    for model in results.models:
+    for model in results.on_file:
         path = Path(results.cells(results.benchmarks[0], model)[0].config["model"])
         if path.parent.name == "checkpoints":
             runs.setdefault(path.parent.parent, {})[path] = model

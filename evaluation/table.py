@@ -56,6 +56,7 @@ class Results:
         if unknown := set(models) - set(on_file):
             raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(on_file)}")
         self.models = list(models) or on_file
+        self.on_file = [m for m in on_file if all((b, m) in self for b in self.benchmarks)]
         self.base = self.models[0]
         for b in self.benchmarks:
             for m in self.models:

@@ -32,18 +32,22 @@ ROOT = Path(__file__).parent.parent
 # Adapted RLCR at SEE's 2,400 sample-passes: one epoch over 2,400 prompts in batches of 48.
 EQUAL_PASSES = ("--window", 2400, "--epochs", 1, "--rl_steps", 50)
 MODELS = ("base", "rlcr", "see")
-# What is shown of the report: (table, column), by label. By attribute where a third part says so.
+# What the demo shows of the report: label -> table's file, column, attribute if there is one.
+MAIN = "tables-1-and-2-quality-and-calibration"
+PREDICTORS = "calibration-beside-predictors-that-know-less"
+ERRORS = "parts-of-the-squared-error-and-quadratic-kappa"
+TOP_5 = "table-4-top-5-accuracy"
 SHOWN = {
-    "well-formed": ("main", "well-formed"),
-    "quality": ("main", "quality"),
-    "calibration": ("main", "calibration"),
-    "  of its scores shuffled": ("predictors", "shuffled"),
-    "  of the best constant": ("predictors", "test constant"),
-    "correlation, correctness": ("errors", "correlation", "correctness"),
-    "self - judge, helpfulness": ("errors", "mean difference", "helpfulness"),
-    "self - judge, correctness": ("errors", "mean difference", "correctness"),
-    "top-5": ("top_5", "top-5"),
-    "  of a constant ranking": ("top_5", "test ranking"),
+    "well-formed": (MAIN, "well-formed"),
+    "quality": (MAIN, "quality"),
+    "calibration": (MAIN, "calibration"),
+    "  of its scores shuffled": (PREDICTORS, "shuffled"),
+    "  of the best constant": (PREDICTORS, "test constant"),
+    "correlation, correctness": (ERRORS, "correlation", "correctness"),
+    "self - judge, helpfulness": (ERRORS, "self - judge", "helpfulness"),
+    "self - judge, correctness": (ERRORS, "self - judge", "correctness"),
+    "top-5": (TOP_5, "top-5"),
+    "  of a constant ranking": (TOP_5, "test ranking"),
 }
 
 
