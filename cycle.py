@@ -42,13 +42,15 @@ from plan import Setup, describe, prepare, resolve, step_batches
 from rollout import Collector, Sampled, rollout_means
 from sft_masked import distillation_row, sft_step
 from storage.data import Prompt
-from storage.files import append_line, write_text
+from storage.files import WriteError, append_line, write_text
 from storage.logbook import Clock, coloured, open_folder, open_wandb
 from storage.progress import progress
 from storage.record import Rollout, read_rollouts
 
 # Not in the paper: nats per token; two bf16 forwards of the same weights differ by about 0.02.
 GAP_ALARM = 0.1
+# Not in the paper: nats per token that rounding can make of a KL of zero.
+KL_ALARM = {"float32": 1e-6, "bfloat16": 1e-3}
 
 
 def main(config: Config | None = None) -> None:
@@ -56,6 +58,7 @@ def main(config: Config | None = None) -> None:
     config = config or parse(sys.argv[1:], __doc__)
     first = parallel.rank() == 0
     try:
+        parallel.refuse_restart()
         config = dataclasses.replace(config, sampler=choose_sampler(config.sampler))
         if config.dry_run:
             plan = describe(config, resolve(config))
@@ -63,10 +66,14 @@ def main(config: Config | None = None) -> None:
         setup = prepare(config)
     except ValueError as error:
         raise SystemExit(f"error: {error}" if first else 1) from None
-    with parallel.process_group(), closing(Run(config, setup)) as run:
+    with parallel.process_group(), parallel.alone_in(setup.folder.path):
         try:
-            run.train()
-        except JudgeError as error:
+            with closing(Run(config, setup)) as run:
+                parallel.end_with_launcher(before_exit=run.collector.stop)
+                run.train()
+        except parallel.NonFiniteError as error:  # the same on all ranks
+            raise SystemExit(f"error: {run.where}: {error}" if first else 1) from None
+        except (JudgeError, WriteError) as error:
             raise SystemExit(f"error: {error}") from None
 
 
@@ -90,6 +97,8 @@ class Run:
         self.on_file: dict[tuple, Rollout] = {}  # the cycle's rollouts of an earlier launch
         self.figures: dict[str, float | None] = {}  # of the step in progress, for metrics.jsonl
         self.to_show = False  # whether --show_batch has yet to print a row of this phase
+        self.policy_is_reference = False  # in the step in progress
+        self.where = "before the first step"  # the step in progress, for error messages
         ranks, rank, launch = parallel.world_size(), parallel.rank(), parallel.launch_id()
         self.collector = Collector(
             sampler=self.sampler,
@@ -178,10 +187,22 @@ class Run:
                 temperature=self.config.sampling.temperature,
                 config=self.config.grpo,
             )
-        if (gap := self.figures["logprob_gap"] or 0) > GAP_ALARM:
+        self._alarms()
+
+    def _alarms(self) -> None:
+        """What a step's figures must be, whatever is learnt. A NaN is an alarm too."""
+        gap, kl = self.figures["logprob_gap"], self.figures["kl"]
+        if gap is not None and not gap <= GAP_ALARM:
             parallel.print0(
                 f"alarm: sampler and trainer differ by {gap:.3f} nats a token; the sampler may "
                 "have other weights than the policy"
+            )
+        limit = KL_ALARM[self.config.policy.dtype]
+        if self.policy_is_reference and kl is not None and not kl <= limit:
+            parallel.print0(
+                f"alarm: the KL to the reference is {kl:.2g} nats a token, although policy and "
+                f"reference have the same weights in this step (rounding makes {limit:g} at most); "
+                "something random is active in training, or the two were loaded differently"
             )
 
     def rollouts_of(self, cycle: int) -> list[Rollout]:
@@ -231,7 +252,11 @@ class Run:
         batches = step_batches(self.config, self.setup.window, cycle)
         steps = range(self.steps_done + 1, self.config.rl_steps + 1)
         for step in self._progress(steps, f"cycle {cycle}, RL"):
-            self.figures = {}
+            self.figures, self.where = {}, f"cycle {cycle}, RL step {step}"
+            first_of_all = cycle == 1 and step == 1
+            self.policy_is_reference = (
+                step == 1 if self.config.reference == "cycle" else first_of_all
+            )
             yield step, batches[step - 1]
             own = self.collector.judge_costs() | self._hand_over_speed()
             self._log(cycle, "rl", step, self.figures | own)
@@ -244,6 +269,7 @@ class Run:
         self.optimizer = sft_masked.make_optimizer(self.policy, self.config.sft)
         for number, update in enumerate(self._progress(updates, f"cycle {cycle}, SFT"), 1):
             self.figures = {"updates": len(updates)}
+            self.where = f"cycle {cycle}, SFT update {number}"
             yield update
             self._log(cycle, "sft", number, self.figures)
 
@@ -266,6 +292,8 @@ class Run:
         self.sampler.close()
         if self.wandb:
             self.wandb.finish()
+        if self.collector.judge.client is not None:
+            self.collector.judge.client.close()
 
     # ----------------------------------------------------------------------------------------------
     # Progress, metrics
@@ -313,7 +341,7 @@ class Run:
     def _export(self, cycle: int, step: int | None = None) -> None:
         """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
         with self.clock("saving"):
-            export(self.policy, self.tokenizer, self.folder.checkpoint(cycle, step))
+            export(self.policy, self.setup.inputs.model, self.folder.checkpoint(cycle, step))
         if self.config.keep_checkpoints and parallel.rank() == 0:
             for old in self.folder.checkpoints()[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)

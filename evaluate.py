@@ -42,7 +42,7 @@ from plan import Inputs, read_inputs
 from prompts import EXAMPLES, FEW_SHOT
 from rollout import Collector
 from storage.data import Prompt, load_answers, load_prompts, near_duplicates
-from storage.files import write_text
+from storage.files import WriteError, write_text
 from storage.hub import data_file, fetch_weights
 from storage.logbook import Clock, check_same_config, open_folder
 from storage.progress import progress
@@ -243,7 +243,7 @@ def run(
         if parallel.rank() == 0:
             try:
                 ask_judges(config, cells, inputs, stronger)
-            except JudgeError as failure:
+            except (JudgeError, WriteError) as failure:
                 error = failure
         parallel.raise_together(error)
     finally:
@@ -302,6 +302,7 @@ def ask_judges(
 def main() -> None:
     config = tyro.cli(EvaluationConfig, description=__doc__)
     try:
+        parallel.refuse_restart()
         config = dataclasses.replace(config, sampler=choose_sampler(config.sampler))
         cells = config.cells()
         if config.judge in config.judges:
@@ -314,10 +315,10 @@ def main() -> None:
                 check_judge(stages.held_out(cell, name))
     except ValueError as error:
         raise SystemExit(f"error: {error}" if parallel.rank() == 0 else 1) from None
-    with parallel.process_group():
+    with parallel.process_group(), parallel.alone_in(config.folder.path):
         try:
             run(config, cells, inputs, stronger)
-        except JudgeError as error:
+        except (JudgeError, WriteError) as error:
             raise SystemExit(f"error: {error}") from None
 
 

@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 
 from backend import parallel
-from backend.packing import Batch, Row, Work
+from backend.packing import Batch, Row, Work, chosen_rows
 from backend.policy import Policy
 from storage.record import Rollout
 
@@ -167,6 +167,7 @@ def rl_step(
     counts = {"response": len(rollouts), "token": sum(len(r.response_ids) for r in rollouts)}
 
     sums: dict[str, torch.Tensor | float] = {}
+    not_finite: list[torch.Tensor] = []
     for batch, ref_logp in zip(work.batches, ref_logps, strict=True):
         logp, entropy, logp_t1 = policy(batch, temperature)  # (B, T) each
         loss, batch_sums = policy_loss(
@@ -184,14 +185,18 @@ def rl_step(
         )
         loss.backward()
         batch_rollouts = [rollouts[i] for i in batch.index]
+        not_finite.append(batch.mask & ~logp.detach().isfinite())  # (B, T)
         batch_sums |= sampler_gap(batch, batch_rollouts, logp_t1)
         batch_sums |= score_entropy(batch, batch_rollouts, entropy.detach())
         sums = {name: value + sums.get(name, 0.0) for name, value in batch_sums.items()}
     grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
+    total = parallel.all_sum({name: float(value) for name, value in sums.items()})
+    names = [f"prompt {r.prompt_id}, sample {r.sample}" for r in rollouts]
+    parallel.check_finite(
+        total["loss"], grad_norm, lambda: chosen_rows(work.batches, not_finite, names)
+    )
     optimizer.step()
     optimizer.zero_grad()
-
-    total = parallel.all_sum({name: float(value) for name, value in sums.items()})
     return {
         "loss": total["loss"],
         "kl": _ratio(total["kl"], total["tokens"]),
@@ -214,12 +219,14 @@ def sampler_gap(
     """Sum of |sampler's - trainer's log-probability| over the response tokens, both at temperature
     1 (note 2), and the number of these tokens. `rollouts` are the rows of the micro-batch;
     `logp_t1` is (B, T)."""
-    sampled = torch.full_like(logp_t1, float("nan"))  # (B, T)
+    sampled = torch.zeros_like(logp_t1)  # (B, T)
+    recorded = torch.zeros_like(batch.mask)  # (B, T)
     for b, r in enumerate(rollouts):
         if r.sampled_logp is not None:
             start = len(r.prompt_ids) - batch.prefix  # column of the first response token
-            sampled[b, start : start + len(r.response_ids)] = torch.tensor(r.sampled_logp)
-    recorded = ~sampled.isnan()  # (B, T)
+            response = slice(start, start + len(r.response_ids))
+            sampled[b, response] = torch.tensor(r.sampled_logp)
+            recorded[b, response] = True
     return {"gap": (sampled - logp_t1)[recorded].abs().sum(), "gap_tokens": recorded.sum()}
 
 

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 from backend import footprint
 from backend.footprint import GB, this_machine
+from backend.model_folder import Size, check_model_folder, load_tokenizer, model_size
 from backend.parallel import world_size
-from backend.policy import Size, attention, check_model_folder, load_tokenizer, model_size
+from backend.policy import attention
 from config import MAY_CHANGE, CommonConfig, Config
 from judge import check_judge, offline_judge
 from judging.endpoint import prices

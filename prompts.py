@@ -21,6 +21,8 @@ Departures from the authors' scripts:
    heading of the prompt is prefixed with "> ", so that no text can end its section. Other lines are
    unchanged.
 6. The paper does not print its pairwise prompt; we wrote one.
+7. The prompt begins with the beginning-of-sequence token where the model's tokenizer adds one by
+   itself (Llama 3, Mistral): such a model was trained with it. Qwen3, the paper's, has none.
 """
 
 import json
@@ -121,30 +123,56 @@ def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | No
     text = decode(tokenizer, ids)
     if parse_self_eval(text) is None:
         return None
-    # The block is ASCII and ends the text: find the shortest tail of tokens that contains it ...
-    start = len(ids) - 1
-    while OPEN not in decode(tokenizer, ids[start:]):
-        start -= 1
-    tail = decode(tokenizer, ids[start:])
-    # ... and assign to each token the characters that it adds to the decoded tail.
-    ends = [len(decode(tokenizer, ids[start : k + 1])) for k in range(start, len(ids))]
-    spans = list(zip([0, *ends], ends, strict=False))
-    body = _BODY.fullmatch(tail.partition(OPEN)[2])
-    offset = tail.index(OPEN) + len(OPEN)
-    positions = []
-    for group in range(1, len(ATTRIBUTES) + 1):
-        digit_at = offset + body.start(group)
-        k = next(k for k, (begin, end) in enumerate(spans) if begin <= digit_at < end)
-        if digit_ids(ids[start + k], tokenizer) is None:
+    # The block ends the text and is ASCII: give each token, from the last on, the characters that
+    # it adds to the tokens before it, and find the five digits by their distance from the end.
+    answer_end = text.index(OPEN) + len(OPEN)
+    body = _BODY.fullmatch(text[answer_end:])
+    digits_at = [answer_end + body.start(group) for group in range(1, len(ATTRIBUTES) + 1)]
+    positions: list[int] = []
+    k, begin = len(ids), len(text)  # tokens from k on write the text from `begin` on
+    for digit_at in reversed(digits_at):
+        while begin > digit_at:
+            k -= 1
+            begin -= _added(ids, k, tokenizer)
+        if digit_ids(ids[k], tokenizer) is None:
             return None
-        positions.append(start + k)
-    return tuple(positions)
+        positions.append(k)
+    return tuple(reversed(positions))
 
 
-def check_tokenizer(tokenizer) -> None:
-    """Start-up check: each digit is a single-digit token at each of the five score positions, and
-    does not change the tokens around it. Raises ValueError if not."""
-    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+def _added(ids: Sequence[int], k: int, tokenizer) -> int:
+    """Characters that token k adds to the text of the few tokens before it. A few are enough: what
+    a token writes depends on the bytes of one character and on whether it stands first."""
+    start = max(0, k - 8)
+    return len(decode(tokenizer, ids[start : k + 1])) - len(decode(tokenizer, ids[start:k]))
+
+
+def check_tokenizer(
+    tokenizer, template: str = "paper", few_shot: str = "paper-like", vocabulary: int | None = None
+) -> None:
+    """Start-up check: decoding gives the encoded text back; each digit is a single-digit token at
+    each of the five score positions, and does not change the tokens around it; the model has an
+    embedding for every token (`vocabulary`: how many it has). Raises ValueError if not."""
+    name = f"{getattr(tokenizer, 'name_or_path', '')} ({type(tokenizer).__name__})".strip()
+    conversation = [{"role": "user", "content": "Say  one thing.\n\n- in two lines"}]
+    text = policy_prompt(conversation, template, few_shot) + render_response("One.", (8,) * 5)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if (decoded := decode(tokenizer, ids)) != text:
+        at = next(
+            (k for k, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b),
+            min(len(text), len(decoded)),
+        )
+        raise ValueError(
+            f"tokenizer {name} does not give back what it was given: {text[at : at + 20]!r} "
+            f"becomes {decoded[at : at + 20]!r}; its class may be wrong (tokenizer_class in "
+            "tokenizer_config.json), as for Llama 3 vocabularies declared LlamaTokenizerFast"
+        )
+    largest = max(ids)
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"tokenizer {name} writes token {largest}, but the model has embeddings for "
+            f"{vocabulary:,}; give the tokenizer that belongs to the model"
+        )
     layouts = []  # (score positions, all other tokens) of the same block with each digit
     for digit in range(10):
         ids = tokenizer.encode(
@@ -344,12 +372,20 @@ def policy_prompt(
     return before + examples + middle + transcript(conversation) + end
 
 
+def bos_ids(tokenizer) -> tuple[int, ...]:
+    """The beginning-of-sequence token, if the tokenizer adds one by itself: then the model was
+    trained with it (Llama 3, not Qwen3). () otherwise."""
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and tokenizer.encode("a")[:1] == [bos] else ()
+
+
 def prompt_ids(
     tokenizer, conversation: Sequence[Turn], template: str = "paper", few_shot: str = "paper-like"
 ) -> tuple[int, ...]:
-    """`policy_prompt` as token ids, without special tokens."""
+    """`policy_prompt` as token ids, after the beginning-of-sequence token of a model that was
+    trained with one, and without other special tokens."""
     text = policy_prompt(conversation, template, few_shot)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return (*bos_ids(tokenizer), *tokenizer.encode(text, add_special_tokens=False))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ stops the run on all ranks; no score is made up.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from judging.client import Background, JudgeError
 from prompts import parse_self_eval, score_positions, stray
 from reward import RewardConfig
 from storage.data import Prompt
+from storage.files import WriteError
 from storage.logbook import Clock
 from storage.progress import progress
 from storage.record import Rollout, append_rollout
@@ -49,6 +50,7 @@ class Collector:
     use_references: bool
     background: Background
     clock: Clock
+    pending: list[Future] = field(default_factory=list)  # of the step in progress, at the judge
 
     def requests(self, cycle: int, step: int, batch: Sequence[Prompt]) -> list[Request]:
         """This rank's share of a step: whole groups, contiguous."""
@@ -92,7 +94,7 @@ class Collector:
             missing = requests
 
         response_ids = {key: r.response_ids for key, r in finished.items()}
-        pending: list[Future] = []
+        self.pending = pending = []
         failed = False
         bar = progress(total=len(missing), desc="rollouts", leave=False, rank=parallel.rank())
         with self.clock("sampling"), bar:
@@ -118,7 +120,7 @@ class Collector:
 
     def wait_for_judge(self, sampled: Sampled) -> list[Rollout]:
         """The step's rollouts once all are judged and rewarded, as `sampled.keys`. Collective at
-        its end. Raises JudgeError."""
+        its end. Raises JudgeError or WriteError."""
         rollouts, error = dict(sampled.on_file), None
         try:
             with self.clock("judge_tail"):
@@ -128,11 +130,18 @@ class Collector:
                 for future in sampled.pending:
                     rollout = future.result()
                     rollouts[rollout.key] = rollout
-        except JudgeError as failure:
+        except (JudgeError, WriteError) as failure:
             error = failure
         with self.clock("waiting"):
             parallel.raise_together(error)
         return [rollouts[key] for key in sampled.keys]
+
+    def stop(self, seconds: float = 15.0) -> None:
+        """Before this process ends: ask the judge no more, and wait for requests in flight, which
+        are paid for, until they are on file."""
+        if self.judge.client is not None:
+            self.judge.client.stop("the launch was ended from outside")
+            wait(self.pending, timeout=seconds)
 
     def judge_costs(self) -> dict[str, dict[str, float]]:
         """{"judge": calls, failed attempts among them and US dollars of all ranks since the last

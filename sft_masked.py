@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from backend import parallel
-from backend.packing import Row, share_out
+from backend.packing import Row, chosen_rows, share_out
 from backend.policy import Policy, PolicyConfig
 from prompts import digit_ids
 from storage.record import Rollout
@@ -64,7 +64,7 @@ def distillation_row(rollout: Rollout, tokenizer) -> Row:
         index = len(rollout.prompt_ids) + position
         ids[index] = digit_ids(ids[index], tokenizer)[score]
         mask[index] = True
-    return Row(ids, mask)
+    return Row(ids, mask, f"prompt {rollout.prompt_id}, sample {rollout.sample}")
 
 
 def masked_loss(logp: torch.Tensor, mask: torch.Tensor, denominator: float) -> torch.Tensor:
@@ -120,19 +120,23 @@ def sft_step(
     one_group = [0] * len(update.rows)  # all rows share the template
     work = share_out(update.rows, one_group, batching.micro_batch_tokens, batching.shared_prefix)
     denominator = sum(sum(row.mask) for row in update.rows)  # 5 per row, over all ranks
-    nll = 0.0
+    losses, not_finite = [], []
     for batch in work.batches:
         logp = policy(batch).logp  # (B, T), temperature 1
         loss = masked_loss(logp, batch.mask, denominator)
         loss.backward()
-        nll += loss.item()
+        losses.append(loss.detach())
+        not_finite.append(batch.mask & ~logp.detach().isfinite())  # (B, T)
     for group in optimizer.param_groups:
         group["lr"] = update.lr
     grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
+    nll = parallel.all_sum({"nll": sum(loss.item() for loss in losses)})["nll"]
+    names = [row.name for row in update.rows]
+    parallel.check_finite(nll, grad_norm, lambda: chosen_rows(work.batches, not_finite, names))
     optimizer.step()
     optimizer.zero_grad()
     return {
-        "loss": parallel.all_sum({"nll": nll})["nll"],
+        "loss": nll,
         "lr": update.lr,
         "grad_norm": grad_norm,
         "rows": len(update.rows),

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from backend.model_folder import Size
 from backend.parallel import world_size
-from backend.policy import HeadLogProbs, PolicyConfig, Size
+from backend.policy import HeadLogProbs, PolicyConfig
 
 GB = 1e9
 # A measured step on CPU takes 1.05 to 1.2 times the sum of the parts.

@@ -37,6 +37,7 @@ class Row(NamedTuple):
 
     ids: Sequence[int]
     mask: Sequence[bool]  # as long as ids: which tokens are scored
+    name: str = ""  # for messages
 
 
 class Batch(NamedTuple):
@@ -165,6 +166,19 @@ def _tokens(rows: Sequence[Row], shared_prefix: bool = True) -> int:
         prefix = common_prefix(rows)
         return prefix + sum(len(row.ids) - prefix for row in rows)
     return len(rows) * max(len(row.ids) for row in rows)
+
+
+def chosen_rows(
+    batches: Sequence[Batch], chosen: Sequence[torch.Tensor], names: Sequence[str]
+) -> list[str]:
+    """Names of the rows of which a token is chosen by the (B, T) masks, one mask for each
+    micro-batch. `names`: of all rows."""
+    return [
+        names[i]
+        for batch, mask in zip(batches, chosen, strict=True)
+        for i, any_token in zip(batch.index, mask.any(1).tolist(), strict=False)
+        if any_token
+    ]
 
 
 # --------------------------------------------------------------------------------------------------

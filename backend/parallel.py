@@ -7,12 +7,17 @@ sharded by FSDP2 (`fully_shard`): fp32 shards, compute in `dtype`, gradients red
 
 import ctypes
 import json
+import math
 import os
 import random
+import select
 import shutil
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from storage.files import publish, write_text
+from storage.lock import locked
 
 # Far longer than the slowest judgement, during which the other ranks wait in a collective.
 TIMEOUT = timedelta(hours=4)
@@ -55,6 +61,45 @@ def process_group():
     finally:
         if dist.is_initialized():  # a vLLM engine destroys the group when it shuts down
             dist.destroy_process_group()
+
+
+def refuse_restart() -> None:
+    """Raise ValueError in a process that torchrun --max_restarts has started again: the ranks that
+    were left alone may still wait for the old group, and PyTorch's own restart with gloo often
+    fails. A new launch resumes from the state on file."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise ValueError(
+            "torchrun has restarted this process (--max_restarts), which is not supported; run the "
+            "same command again without it, in a loop if you like: it goes on where the run stopped"
+        )
+
+
+def end_with_launcher(before_exit: Callable[[], None]) -> None:
+    """From now on this process ends within seconds when its launcher is gone (kill -9 of torchrun
+    leaves its workers alone) or when it gets SIGTERM (torchrun passes it on and kills after 30 s),
+    also in the middle of a collective or of sampling. `before_exit` is called first, and should
+    take 20 s at most. Everything on file is whole at any moment, so there is nothing else to do."""
+    launcher = os.getppid()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # Python's own; the next line is what acts
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        reason = ""
+        while not reason:
+            ready, _, _ = select.select([reader], [], [], 1.0)
+            if ready and signal.SIGTERM in os.read(reader, 64):
+                reason = "it got SIGTERM"
+            elif os.getppid() != launcher:
+                reason = "its launcher is gone"
+        print(f"rank {rank()} ends: {reason}; the same command goes on from here", file=sys.stderr)
+        try:
+            before_exit()
+        finally:
+            os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def keep_freed_memory() -> None:
@@ -124,7 +169,41 @@ def gather(items: Sequence) -> list:
     return [item for part in parts for item in part]
 
 
-def raise_together(error: Exception | None) -> None:
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a finite number. The weights were not changed."""
+
+
+def check_finite(loss: float, grad_norm: float, rows: Callable[[], Sequence[str]]) -> None:
+    """Raise NonFiniteError on all ranks alike, before the optimiser steps, unless a step's loss and
+    gradient norm, both over all ranks, are finite. `rows` names this rank's rows
+    whose log-probabilities are not; it is called in that case, which is collective."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    bad = gather(rows())
+    where = ", ".join(bad[:5]) or "none: all log-probabilities are finite, their gradients are not"
+    raise NonFiniteError(
+        f"loss {loss:g} and gradient norm {grad_norm:g} must be finite; the optimiser did not step "
+        f"and the state on file is as it was. Rows that are not finite: {where}. Lower the "
+        "learning rate, look at these rows, or go on from an earlier state"
+    )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other launch works in this folder during the `with` block. Collective. SystemExit on all
+    ranks if one does; rank 0 says which."""
+    with ExitStack() as stack:
+        error = None
+        if rank() == 0:
+            try:
+                stack.enter_context(locked(folder))
+            except (ValueError, OSError) as failure:
+                error = SystemExit(f"error: {failure}")
+        raise_together(error)
+        yield
+
+
+def raise_together(error: BaseException | None) -> None:
     """Stop all ranks if any has an error, so that none waits for a rank that has stopped: a rank
     with an error raises it, the others raise SystemExit with one line. Collective."""
     failed = all_sum({"failed": float(error is not None)})["failed"]

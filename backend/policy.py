@@ -12,7 +12,6 @@ most updates of a bf16 weight round to zero.
 Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V vocabulary.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +20,15 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from backend import packing, parallel
+from backend.model_folder import copy_settings
 from backend.packing import Batch, attention_calls
 from storage.files import fresh_folder
-
-# The tested architectures: dense, with logits = head(norm(hidden)) without scaling.
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -176,96 +166,6 @@ class Policy(torch.nn.Module):
 # Load and export
 
 
-def check_model_folder(folder: str | Path, longest: int) -> None:
-    """Raise ValueError if the model cannot be used for rows of `longest` tokens. Weights are not
-    loaded."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"model {folder}: no config.json; --model must be a Hugging Face model folder"
-        )
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") not in MODEL_TYPES:
-        raise ValueError(
-            f"model {folder}: type {config.get('model_type')!r} is not supported; its head may "
-            "scale or cap logits, which policy.py does not implement. Supported: "
-            f"{', '.join(MODEL_TYPES)}"
-        )
-    if config.get("use_sliding_window"):
-        raise ValueError(
-            f"model {folder} uses sliding window attention, which packing.py does not implement; "
-            f"choose a model of type {', '.join(MODEL_TYPES)} without it"
-        )
-    if longest > config["max_position_embeddings"]:
-        raise ValueError(
-            f"model {folder} reads {config['max_position_embeddings']} tokens, fewer than "
-            f"prompt_tokens + sampling.max_tokens = {longest}; lower one of them"
-        )
-
-
-def weight_names(folder: str | Path) -> set[str]:
-    """Names of the weights in the folder's safetensors files. Rotary tables, which old files also
-    hold, are left out."""
-    names: set[str] = set()
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, "pt") as f:
-            names |= set(f.keys())
-    return {name for name in names if not name.endswith("rotary_emb.inv_freq")}
-
-
-class Size(NamedTuple):
-    """Sizes of a model that memory depends on: counts, not bytes."""
-
-    kind: str  # model_type
-    parameters: int  # a tied head counted once
-    layers: int
-    per_layer: int  # parameters of one decoder layer
-    hidden: int
-    vocabulary: int
-    activations: int  # that one layer saves for backward, values per token
-    kv_per_token: int  # key and value entries of one token, all layers
-    heads_per_key: int  # query heads per key-value head
-    tied: bool
-
-
-def model_size(folder: str | Path) -> Size:
-    """Read from the folder's config.json; needs no weights."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layer = model.model.layers[0]
-    # Activations: inputs and outputs of every linear layer; for the norms' inputs and fp32 copies
-    # and the rotated heads 6 x hidden size.
-    linear = sum(
-        m.in_features + m.out_features for m in layer.modules() if isinstance(m, torch.nn.Linear)
-    )
-    return Size(
-        kind=config.model_type,
-        parameters=sum(p.numel() for p in model.parameters()),
-        layers=config.num_hidden_layers,
-        per_layer=sum(p.numel() for p in layer.parameters()),
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-        activations=linear + 6 * config.hidden_size,
-        kv_per_token=config.num_hidden_layers
-        * (layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features),
-        heads_per_key=config.num_attention_heads // config.num_key_value_heads,
-        tied=config.tie_word_embeddings,
-    )
-
-
-def generation_config(folder: str | Path) -> GenerationConfig:
-    if (Path(folder) / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(
-        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    )
-
-
-def load_tokenizer(folder: str | Path):
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
 def attention(config: PolicyConfig) -> str:
     """transformers' name of the attention to train with. ValueError for --attn flash if it is not
     available."""
@@ -287,10 +187,15 @@ def attention(config: PolicyConfig) -> str:
 def load_model(
     folder: str | Path, dtype: torch.dtype, attn_implementation: str = "sdpa"
 ) -> PreTrainedModel:
-    """The full model, on CPU."""
+    """The full model, on CPU, without dropout."""
     disable_progress_bar()  # it would show one bar per rank and load
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for name in config.to_dict():
+        if "dropout" in name or name.endswith("_pdrop"):
+            setattr(config, name, 0.0)
     return AutoModelForCausalLM.from_pretrained(
         folder,
+        config=config,
         dtype=dtype,
         attn_implementation=attn_implementation,
         use_safetensors=True,
@@ -312,19 +217,15 @@ def load_policy(folder: str | Path, config: PolicyConfig, trainable: bool = True
     return policy
 
 
-def export(policy: Policy, tokenizer, folder: Path) -> None:
-    """Write a standard Hugging Face folder in bf16, which from_pretrained and vLLM can load.
-    Collective."""
+def export(policy: Policy, source: Path, folder: Path) -> None:
+    """Write a standard Hugging Face folder in bf16, which from_pretrained and vLLM can load;
+    `source` is the folder that the model came from. Collective."""
     weights = {}
     for name, tensor in policy.full_weights(torch.bfloat16):
         if parallel.rank() == 0:
             weights[name] = tensor.cpu().contiguous()
     if parallel.rank() == 0:
-        config = json.loads(policy.model.config.to_json_string(use_diff=True))
-        config |= {"architectures": [type(policy.model).__name__], "dtype": "bfloat16"}
         with fresh_folder(folder) as temporary:
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-            (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-            policy.model.generation_config.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            copy_settings(source, temporary, type(policy.model).__name__)
     parallel.barrier()

@@ -32,7 +32,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, set_seed
 
 from backend import parallel
-from backend.policy import Policy, generation_config, load_model, weight_names
+from backend.model_folder import generation_config, weight_shapes
+from backend.policy import Policy, load_model
 from prompts import CLOSE, decode
 
 
@@ -176,7 +177,7 @@ class VLLMSampler:
         self.sleeps, self.asleep = config.sleep, False
         self.weight_version = version
         self.llm.update_weight_version(version)
-        self._expected_names = weight_names(folder) | {"lm_head.weight"}
+        self._expected_names = weight_shapes(Path(folder)).keys() | {"lm_head.weight"}
 
     def load_weights(self, policy: Policy, version: str = "handed over") -> None:
         """Overwrite every weight with the policy's. Collective: all ranks call it together."""

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from backend import footprint  # noqa: E402
-from backend.policy import model_size  # noqa: E402
+from backend.model_folder import model_size  # noqa: E402
 from config import PRESETS  # noqa: E402
 
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from backend import parallel
-from backend.policy import load_model, load_tokenizer
+from backend.model_folder import load_tokenizer
+from backend.policy import load_model
 from prompts import Scores, digit_ids, render_response, score_positions
 from storage.record import Rollout
 

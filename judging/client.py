@@ -197,6 +197,15 @@ class ChatClient:
             return Attempt("connection lost")
         return read_reply(response.http_response.text, form)
 
+    def stop(self, reason: str) -> None:
+        """Ask no more, on any rank of this launch; requests in flight go on."""
+        self._give_up(reason)
+
+    def close(self) -> None:
+        """Write the replies that could not be written before, as on a full disk. Raises
+        WriteError."""
+        self.ledger.write_pending()
+
     def take_counts(self) -> dict[str, float]:
         """This process's calls, how many of them failed, and their cost in US dollars, since the
         last call of this method."""
@@ -284,6 +293,12 @@ class Replay:
                 "on file, so use the same references and template as when they were made"
             )
         return form.parse(self._cached[question])
+
+    def stop(self, reason: str) -> None:
+        """As ChatClient.stop; no request is ever sent."""
+
+    def close(self) -> None:
+        """As ChatClient.close; there is nothing to write."""
 
     def take_counts(self) -> dict[str, float]:
         """As ChatClient.take_counts; no request is ever sent."""

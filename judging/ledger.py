@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from storage.files import append_line, read_lines
+from storage.files import WriteError, append_line, read_lines
 
 OK = "ok"
 
@@ -55,6 +55,7 @@ class Ledger:
         self.calls = 0  # attempts of all ranks and all launches
         self.cost = 0.0  # in US dollars, of the attempts whose tokens were reported
         self._offset = self._number = 0  # bytes and lines read
+        self._pending: list[dict] = []  # attempts that are not on file yet
         self.stop: str | None = None  # why a rank of this launch gave up
         self.refresh()
 
@@ -80,9 +81,22 @@ class Ledger:
         self.refresh()
 
     def add(self, row: dict) -> None:
-        """Append an attempt; it is on disk when this returns."""
-        append_line(self.path, {"time": datetime.now(UTC).isoformat(timespec="seconds"), **row})
+        """Append an attempt, with the time; it is on disk when this returns. Raises WriteError: the
+        attempt, which is paid for, stays in memory for `write_pending`, and this rank asks no
+        more."""
+        self._pending.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **row})
+        try:
+            self.write_pending()
+        except WriteError as error:
+            self.stop = self.stop or str(error)
+            raise
         self.refresh()
+
+    def write_pending(self) -> None:
+        """Write what an earlier call could not. Raises WriteError."""
+        while self._pending:
+            append_line(self.path, self._pending[0])
+            self._pending.pop(0)
 
 
 # --------------------------------------------------------------------------------------------------

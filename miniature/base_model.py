@@ -190,7 +190,7 @@ def pretrain(recipe: Recipe, tokenizer, held_out: set[str]) -> Qwen3ForCausalLM:
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            bar.set_postfix(stage=stage, loss=f"{loss.item():.3f}")
+            bar.set_postfix(stage=stage, loss=f"{loss.item():.3f}", refresh=False)
     return model
 
 

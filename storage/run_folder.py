@@ -3,6 +3,7 @@
 runs/NAME/                        RunFolder
     config.json  env.json         the options; commit, versions and devices of each launch
     window.json                   ids of the training prompts
+    lock.json                     the launch that is at work here (storage/lock.py)
     metrics.jsonl                 one line per RL step, SFT update and cycle
     rollouts/cycle_NN.jsonl       every response with its self-scores and the judge's scores
     judge_cache.jsonl             every request to the judge (judging/ledger.py)
@@ -22,6 +23,7 @@ results/NAME/                     EvaluationFolder
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +86,18 @@ class RunFolder(Folder):
         return self.path / "checkpoints" / name
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first. "~" sorts after "_", so that a cycle's final checkpoint comes after those
-        of its steps."""
-        return sorted((self.path / "checkpoints").glob("cycle_*"), key=lambda path: path.name + "~")
+        """Oldest first; a cycle's last one follows those of its steps."""
+
+        def age(path: Path) -> tuple[int, float]:
+            cycle, step = checkpoint_place(path)
+            return cycle, math.inf if step is None else step
+
+        paths = (self.path / "checkpoints").glob("cycle_*")
+        return sorted((p for p in paths if not p.name.endswith(".tmp")), key=age)
 
     def all_rollouts(self) -> list[Rollout]:
-        paths = sorted((self.path / "rollouts").glob("cycle_*.jsonl"))
+        paths = sorted((self.path / "rollouts").glob("cycle_*.jsonl"),
+                       key=lambda path: int(path.stem.split("_")[1]))  # fmt: skip
         return [rollout for path in paths for rollout in read_rollouts(path)]
 
     def first_cycle(self) -> list[Rollout]:
@@ -119,13 +127,18 @@ def _after(line: dict, cycle: int, step: int | None) -> bool:
     return line["phase"] not in ("rl", "setup") or line["step"] > step
 
 
+def checkpoint_place(checkpoint: Path) -> tuple[int, int | None]:
+    """(cycle, RL step) of cycle_NN_step_NNNNN, (cycle, None) of cycle_NN."""
+    _, cycle, *rest = checkpoint.name.split("_")
+    return int(cycle), int(rest[1]) if rest else None
+
+
 def metrics_until(checkpoint: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl up to one of its checkpoints; [] if the file is
     missing."""
-    _, cycle, *rest = checkpoint.name.split("_")  # cycle_NN, or cycle_NN_step_NNNNN in phase 1
-    step = int(rest[1]) if rest else None
+    cycle, step = checkpoint_place(checkpoint)
     lines = RunFolder(checkpoint.parent.parent).metrics()
-    return [line for line in lines if not _after(line, int(cycle), step)]
+    return [line for line in lines if not _after(line, cycle, step)]
 
 
 class CellFolder(Folder):

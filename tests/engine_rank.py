@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from backend import parallel
+from backend.model_folder import load_tokenizer
 from backend.packing import Row, share_out
-from backend.policy import PolicyConfig, load_policy, load_tokenizer
+from backend.policy import PolicyConfig, load_policy
 from backend.sampler import EngineConfig, Request, SamplingParams, VLLMSampler, seed_of
 
 FREE = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=24)

@@ -13,8 +13,9 @@ from conftest import make_rollout
 
 import sft_masked
 from backend import parallel
+from backend.model_folder import load_tokenizer
 from backend.packing import share_out
-from backend.policy import PolicyConfig, load_policy, load_tokenizer
+from backend.policy import PolicyConfig, load_policy
 from grpo import GRPOConfig, group_advantages, reference_logps, response_row, rl_step
 
 ANSWERS = ("Yes.", "It is old and good.", "Well, it is what it is, and that is fine.", "No, no.")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,17 +36,35 @@ def test_the_clock_adds_up():
     assert set(clock.lap()) == {"other", "wall"}
 
 
-@pytest.mark.parametrize(("gap", "alarmed"), [(0.02, False), (0.2, True), (None, False)])
+@pytest.mark.parametrize(
+    ("gap", "alarmed"), [(0.02, False), (0.2, True), (float("nan"), True), (None, False)]
+)
 def test_the_alarm(monkeypatch, capsys, gap, alarmed):
     """The sampler's log-probabilities far from the trainer's are told at once."""
     run = object.__new__(cycle.Run)
     run.config, run.clock = PRESETS["small"], Clock()
     run.policy = run.optimizer = None
-    run.figures = {}
-    monkeypatch.setattr(cycle, "rl_step", lambda *a, **k: {"logprob_gap": gap})
+    run.figures, run.policy_is_reference = {}, False
+    monkeypatch.setattr(cycle, "rl_step", lambda *a, **k: {"logprob_gap": gap, "kl": 9.0})
     run.rl_step(None, [], None, [])
-    assert run.figures == {"logprob_gap": gap}
-    assert ("differ by 0.200 nats" in capsys.readouterr().out) == alarmed
+    assert run.figures == {"logprob_gap": gap, "kl": 9.0}
+    assert ("alarm: sampler and trainer differ by" in capsys.readouterr().out) == alarmed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kl", "alarmed"),
+    [("float32", 1e-7, False), ("float32", 1e-5, True), ("bfloat16", 9e-4, False),
+     ("bfloat16", 2e-3, True), ("bfloat16", float("nan"), True)],
+)  # fmt: skip
+def test_the_kl_to_a_reference_of_the_same_weights_is_zero(monkeypatch, capsys, dtype, kl, alarmed):
+    run = object.__new__(cycle.Run)
+    small = PRESETS["small"]
+    run.config = replace(small, policy=replace(small.policy, dtype=dtype))
+    run.figures = {"logprob_gap": None, "kl": kl}
+    for run.policy_is_reference in (False, True):
+        run._alarms()
+        shown = "alarm: the KL to the reference" in capsys.readouterr().out
+        assert shown == (alarmed and run.policy_is_reference)
 
 
 def summary_of(cell) -> dict:

@@ -10,7 +10,8 @@ from conftest import ROOT
 from transformers import LlamaConfig
 
 from backend import footprint
-from backend.policy import PolicyConfig, model_size
+from backend.model_folder import model_size
+from backend.policy import PolicyConfig
 from config import PRESETS
 
 # Runs in a process of its own; prints what its resident memory grew by, in bytes.

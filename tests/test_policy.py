@@ -9,13 +9,9 @@ from conftest import make_rollout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backend import parallel
+from backend.model_folder import check_model_folder
 from backend.packing import Row, share_out
-from backend.policy import (
-    PolicyConfig,
-    check_model_folder,
-    export,
-    load_policy,
-)
+from backend.policy import PolicyConfig, export, load_policy
 from grpo import GRPOConfig, make_optimizer, policy_loss, response_row
 from sft_masked import masked_loss
 
@@ -88,7 +84,7 @@ def test_export_loads_as_it_is(random_folder, tokenizer, tmp_path, kind, tied):
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.01)
-    export(policy, tokenizer, tmp_path / "out")
+    export(policy, random_folder(kind, tied), tmp_path / "out")
     assert not (tmp_path / "out.tmp").exists()
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
     assert back.dtype == torch.bfloat16 and back.config.tie_word_embeddings == tied

@@ -11,7 +11,8 @@ from conftest import ROOT, finish, start_ranks
 
 import evaluate
 import prompts
-from backend.policy import load_model, load_tokenizer
+from backend.model_folder import load_tokenizer
+from backend.policy import load_model
 from backend.sampler import SamplingParams, make_sampler
 from config import CellConfig
 from evaluation.digits import Reader

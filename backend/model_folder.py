@@ -1,0 +1,251 @@
+"""A model's Hugging Face folder: checks before anything expensive, size, what an export copies.
+
+Weights are safetensors only, and no code of a model's is run.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+# Dense, logits = head(norm(hidden)) without scaling, rotary positions: what packing.py computes and
+# what we hold against plain forward passes (tests/test_families.py).
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "smollm3")
+# Positions decide the rotation and nothing else does; "dynamic" and "longrope" depend on the length
+# of the whole input, which is another in a pack.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# What an export takes from its source as it stands.
+COPIED = ("generation_config.json", "tokenizer*", "vocab.json", "merges.txt",
+          "special_tokens_map.json", "added_tokens.json", "chat_template*")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError with the file's name."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object; fetch it again")
+    return content
+
+
+def check_model_folder(folder: str | Path, longest: int) -> None:
+    """Raise ValueError if the model cannot be used for rows of `longest` tokens. Weights are not
+    read."""
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model {folder} is an adapter (adapter_config.json); merge it into its base model and "
+            "give the merged folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model {folder}: no config.json; --model must be a Hugging Face model folder"
+        )
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise ValueError(
+            f"model {folder}: type {config.get('model_type')!r} is not supported; its head may "
+            "scale or cap logits, which policy.py does not implement. Supported: "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"model {folder} is quantised (quantization_config in config.json); training needs its "
+            "bf16 or fp32 weights"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"model {folder}: rotary positions of type {rope_type!r} depend on the length of the "
+            f"input, which differs in a pack; supported: {', '.join(ROPE_TYPES)}"
+        )
+    limit = config.get("max_position_embeddings")
+    if type(limit) is not int:
+        raise ValueError(
+            f"model {folder}: config.json has no max_position_embeddings, so the longest row is "
+            "not known; add it"
+        )
+    if longest > limit:
+        raise ValueError(
+            f"model {folder} reads {limit} tokens, fewer than "
+            f"prompt_tokens + sampling.max_tokens = {longest}; lower one of them"
+        )
+    window = attention_window(config)
+    if window is not None and longest > window:
+        raise ValueError(
+            f"model {folder} uses sliding window attention over {window} tokens, which packing.py "
+            f"does not implement, and rows have up to {longest}; lower --prompt_tokens or "
+            "--sampling.max_tokens, or choose a model without it"
+        )
+
+
+def attention_window(config: Mapping) -> int | None:
+    """Tokens that the narrowest layer looks back on; None if all look back on all."""
+    layers = config.get("layer_types")
+    if layers is not None and not any("sliding" in str(layer) for layer in layers):
+        return None
+    if layers is None and config.get("use_sliding_window") is False:
+        return None
+    window = config.get("sliding_window")
+    if window is None and (config.get("use_sliding_window") or layers is not None):
+        return 0  # a window of a size that config.json does not give
+    return window
+
+
+def check_weights(folder: str | Path) -> None:
+    """Raise ValueError unless the folder's safetensors files hold the model's tensors, all of them
+    and in their shapes. transformers would fill what is missing with random numbers."""
+    folder = Path(folder)
+    stored = weight_shapes(folder)
+    model = _meta_model(folder)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        expected.setdefault("lm_head.weight", expected["model.embed_tokens.weight"])
+        stored.setdefault("lm_head.weight", expected["lm_head.weight"])
+    problems = [
+        (expected.keys() - stored.keys(), "lack"),
+        (stored.keys() - expected.keys(), "hold, unknown to this model type,"),
+        ({n for n in expected.keys() & stored.keys() if expected[n] != stored[n]},
+         "have in another shape than config.json says"),
+    ]  # fmt: skip
+    for names, what in problems:
+        if names:
+            first, *others = sorted(names)
+            more = f" and {len(others)} more" if others else ""
+            raise ValueError(
+                f"model {folder}: its safetensors files {what} {first}{more}; fetch the folder "
+                "again, or give the causal language model that config.json describes"
+            )
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in the folder's safetensors files (those of its index, if it has
+    one). Rotary tables, which old files also hold, are left out. Raises ValueError."""
+    paths = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        listed = set(read_json(index).get("weight_map", {}).values())
+        paths = [path for path in paths if path.name in listed]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        with open(path, "rb") as f:
+            if f.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{path} is a Git LFS pointer, not the weights; fetch it again")
+        try:
+            with safe_open(path, "pt") as f:
+                shapes |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: cannot be read as safetensors ({error}); fetch it again"
+            ) from None
+    return {name: s for name, s in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+# --------------------------------------------------------------------------------------------------
+# Size
+
+
+class Size(NamedTuple):
+    """Sizes of a model that memory depends on: counts, not bytes."""
+
+    kind: str  # model_type
+    parameters: int  # a tied head counted once
+    layers: int
+    per_layer: int  # parameters of one decoder layer
+    hidden: int
+    vocabulary: int
+    activations: int  # that one layer saves for backward, values per token
+    kv_per_token: int  # key and value entries of one token, all layers
+    heads_per_key: int  # query heads per key-value head
+    tied: bool
+
+
+def _meta_model(folder: str | Path):
+    """The model without its weights. Raises ValueError."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{Path(folder) / 'config.json'}: describes no model that transformers can build "
+            f"({text}); fetch it again"
+        ) from None
+
+
+def model_size(folder: str | Path) -> Size:
+    """Read from the folder's config.json; needs no weights."""
+    model = _meta_model(folder)
+    config = model.config
+    layer = model.model.layers[0]
+    # Activations: inputs and outputs of every linear layer; for the norms' inputs and fp32 copies
+    # and the rotated heads 6 x hidden size.
+    linear = sum(
+        m.in_features + m.out_features for m in layer.modules() if isinstance(m, torch.nn.Linear)
+    )
+    return Size(
+        kind=config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=config.num_hidden_layers,
+        per_layer=sum(p.numel() for p in layer.parameters()),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        activations=linear + 6 * config.hidden_size,
+        kv_per_token=config.num_hidden_layers
+        * (layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features),
+        heads_per_key=config.num_attention_heads // config.num_key_value_heads,
+        tied=config.tie_word_embeddings,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer, generation settings, export
+
+
+def load_tokenizer(folder: str | Path):
+    """Raises ValueError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model {folder}: its tokenizer files cannot be read ({text}); fetch them again"
+        ) from None
+
+
+def generation_config(folder: str | Path) -> GenerationConfig:
+    if (Path(folder) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    )
+
+
+def copy_settings(source: Path, target: Path, model_class: str) -> None:
+    """Write an export's config.json, and copy tokenizer, chat template and generation settings
+    unchanged from the folder that it was trained from."""
+    config = read_json(source / "config.json")
+    config |= {"architectures": [model_class], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    # transformers 5 keeps all of RoPE in rope_parameters; older ones read only these two.
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            config.setdefault("rope_scaling", scaling)
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    for pattern in COPIED:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)
