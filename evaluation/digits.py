@@ -110,10 +110,11 @@ class Reader:
         if any(block.between != between for block in blocks):
             raise RuntimeError("the tokens of the block depend on the answer before it")
         width = max(len(block.before) for block in blocks)
-        ids = self._tensor([[0] * (width - len(x.before)) + x.before for x in blocks])  # (B, T)
-        real = self._tensor(
-            [[0] * (width - len(x.before)) + [1] * len(x.before) for x in blocks]
-        )  # (B, T): 0 at the padding, which is on the left
+        padding = [width - len(block.before) for block in blocks]  # on the left
+        ids = self._tensor(
+            [[0] * n + block.before for n, block in zip(padding, blocks, strict=True)]
+        )
+        real = self._tensor([[0] * n + [1] * (width - n) for n in padding])  # (B, T), 0 at padding
         cache = DynamicCache()
         first = self._extend(ids, real, cache)[:, -1]  # (B, D), predicts the first digit
 
