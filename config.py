@@ -1,15 +1,15 @@
-"""Every option of cycle.py and evaluate.py with its place in the paper, and the presets.
+"""All options of cycle.py and evaluate.py with their source in the paper, and the presets.
 
 paper         the paper's run (Table 5)
-official      as the authors' scripts run it, where an option can say so: parameters in bf16. The
-              other differences are not options; README, Departures, lists them
-rlcr          Adapted RLCR, the baseline (Sec. 4.1, Table 6): phase 1 alone, two epochs over 5,000
+official      the authors' scripts, as far as options allow: parameters in bf16. The other
+              differences are not options (README, Departures)
+rlcr          the baseline Adapted RLCR (Sec. 4.1, Table 6): phase 1 only, two epochs over 5,000
               prompts in batches of 48, a checkpoint every 10 steps for Figure 2
-rlcr-matched  the same with SEE's batch of 16. Table 6: SEE and the baseline differ in
-              distillation and in batch size; this control takes the second difference away
+rlcr-matched  the baseline with SEE's batch size of 16. In Table 6 SEE and the baseline differ in
+              distillation and in batch size; this control removes the second difference
 small         a 135M model on two CPU cores with the offline heuristic judge
-tiny          the miniature: the paper's window, steps and batches, minutes on CPU
-tiny-rlcr, tiny-rlcr-matched    its baselines
+tiny          the miniature: the paper's window, steps and batches, in minutes on CPU
+tiny-rlcr, tiny-rlcr-matched    baselines of the miniature
 """
 
 import argparse
@@ -31,30 +31,31 @@ from storage.run_folder import CellFolder, EvaluationFolder, RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """What training and evaluation share."""
+    """Options that training and evaluation have in common."""
 
     judge: str = "gpt-5.4"
     """Model name at an OpenAI-compatible endpoint (Sec. 4.1, see judging/endpoint.py); or
-    replay:FILE, the judgements of an earlier run; or "heuristic", an offline stand-in that says
-    nothing about real judging; or "rubric", the miniature's ("rubric:0.3": with a probability of
-    0.3 a score is one off, drawn anew at each call)."""
+    replay:FILE, the judgements of an earlier run; or "heuristic", an offline judge for trying out
+    the code; or "rubric", the miniature's judge ("rubric:0.3": with probability 0.3 a score is one
+    off, drawn anew at each call)."""
     use_references: bool = True
-    """Show the judge reference responses with human labels where the data has them (App. B.3)."""
+    """Show the judge reference responses with human labels if the data has them (App. B.3)."""
     template: Literal["paper", "short", "bare"] = "paper"
     """Generation template: the paper's (App. B.1), a short one for small models and contexts, or
-    the conversation alone for the miniature. Evaluate with the one of training."""
+    the conversation alone for the miniature. Evaluate with the template of training."""
     few_shot: Literal["paper-like", "varied"] = "paper-like"
-    """Few-shot examples: scored like the authors', or with scores spread over the range (a control
-    for priming). Evaluate with those of training."""
+    """Few-shot examples: with scores like the authors', or with scores over the whole range (a
+    control for priming). Evaluate with the examples of training."""
     prompt_tokens: int = 4096
-    """Longest prompt, template included, in tokens (Table 5); longer ones are left out and
-    counted."""
+    """Maximum prompt length, template included, in tokens (Table 5); longer prompts are left out
+    and counted."""
     sampler: Literal["auto", "vllm", "transformers"] = "auto"
-    """What samples: vllm where it is installed (auto), or the plain loop."""
+    """Sampler: vLLM, or a decoding loop with transformers; auto: vLLM if it is installed."""
     sample_rows: int = 64
-    """Rollouts that are sampled at once per rank."""
+    """Maximum number of rollouts that are sampled at once per rank."""
     seed: int = 42
-    """Seed of the draw of prompts, of sampling and, in training, of orders and selection."""
+    """Seed for the draw of prompts and for sampling; in training also for the order of prompts and
+    the selection of rollouts to distil."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -63,7 +64,7 @@ class CommonConfig:
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest prompt and response together."""
+        """Maximum length of prompt and response together, in tokens."""
         return self.prompt_tokens + self.sampling.max_tokens
 
 
@@ -79,16 +80,16 @@ class Config(CommonConfig):
         "paper", "official", "rlcr", "rlcr-matched", "small", "tiny", "tiny-rlcr",
         "tiny-rlcr-matched",
     ] = "paper"  # fmt: skip
-    """Decides the defaults of all other options; what each preset is stands in config.py."""
+    """Sets the defaults of all other options; the presets are described in config.py."""
     name: str = "see"
     """The run's folder is runs/NAME."""
     model: str = "Qwen/Qwen3-4B-Base"
     """Base model: a Hugging Face folder with safetensors, or a hub id (App. E)."""
     data: str = "nvidia/HelpSteer2"
-    """Training prompts: a file (kinds: storage/data.py) or a hub id (storage/hub.py). App. E:
-    HelpSteer2 train."""
+    """Training prompts: a file (for kinds see storage/data.py) or a hub id (see storage/hub.py).
+    App. E: HelpSteer2 train."""
     cycles: int = 15
-    """C, cycles of both phases (Sec. 4.1)."""
+    """C, number of cycles of both phases (Sec. 4.1)."""
     window: int = 160
     """Unique prompts, drawn once by seed and reused in every cycle (App. E)."""
     batch: int = 16
@@ -98,25 +99,26 @@ class Config(CommonConfig):
     rl_steps: int = 10
     """K, RL steps per cycle (Table 5); must be epochs x floor(window / batch)."""
     rollouts: int = 8
-    """Rollouts per prompt, the GRPO group (Table 5)."""
+    """Rollouts per prompt: the GRPO group size (Table 5)."""
     reference: Literal["cycle", "base"] = "cycle"
     """KL reference: the policy at the start of the cycle, or the base model."""
     distil: bool = True
-    """Phase 2 after each phase 1; without it the run is GRPO alone, as Adapted RLCR (Sec. 4.1,
+    """Phase 2 after each phase 1; without it the run is GRPO only, as Adapted RLCR (Sec. 4.1,
     Baseline)."""
     save_every: int = 0
-    """RL steps between states within a phase, with optimiser, and between checkpoints; 0: states
-    at phase ends, checkpoints at cycle ends."""
+    """RL steps between checkpoints, and between states with the optimiser, within phase 1; 0:
+    states at phase ends and checkpoints at cycle ends only."""
     keep_checkpoints: int = 0
-    """Newest checkpoints that are kept on disk; 0: all (each 2 bytes a parameter)."""
+    """Number of newest checkpoints to keep on disk; 0: all (2 bytes per parameter each)."""
     dry_run: bool = False
-    """Resolve everything up to the first sample, print it and stop: window, batches, schedule,
+    """Print the plan of the run and stop before the model is loaded: window, batches, schedule,
     memory, judge calls and cost, files."""
     show_batch: bool = False
-    """Print the first row of each phase with its loss mask in colour (prompt and answer are
-    text of the run: mind where the output goes)."""
+    """Print the first row of each phase with its loss mask in colour. The output contains a prompt
+    and an answer of the run."""
     wandb: bool = False
-    """Log metrics to Weights & Biases (WANDB_MODE=offline works); prompts and answers stay here."""
+    """Log metrics to Weights & Biases (WANDB_MODE=offline works); prompts and answers are not
+    uploaded."""
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -150,8 +152,8 @@ RLCR_MATCHED = replace(
     batch=16,
     rl_steps=624,  # 2 x floor(5,000 / 16)
 )
-# Not in the paper: sizes and learning rates for SmolLM2-135M on two CPU cores. The paper's rates
-# (1e-6, 2e-6) move a model of this size by next to nothing in 15 steps.
+# Not in the paper: sizes and learning rates for SmolLM2-135M on two CPU cores. The paper's learning
+# rates (1e-6, 2e-6) hardly change a model of this size in 15 steps.
 SMALL = Config(
     preset="small",
     name="small",
@@ -182,7 +184,7 @@ _TINY = dict(
     sampling=SamplingParams(max_tokens=64),
     grpo=GRPOConfig(lr=1e-4),
     sft=SFTConfig(lr=1e-4),
-    # Prompts of some 20 tokens are not worth sharing.
+    # Sharing a prefix does not pay for prompts of about 20 tokens.
     policy=PolicyConfig(
         "float32", shared_prefix=False, micro_batch_tokens=8192, gradient_checkpointing=False
     ),
@@ -196,7 +198,7 @@ PRESETS = {
     c.preset: c
     for c in (PAPER, OFFICIAL, RLCR, RLCR_MATCHED, SMALL, TINY, TINY_RLCR, TINY_RLCR_MATCHED)
 }
-# What may differ between a run and its continuation: how long, what is kept, how much at once.
+# Options that may change when a run is continued: its length, files, batch sizes and the like.
 MAY_CHANGE = {
     "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "engine",
     "client", "sample_rows", "policy.micro_batch_tokens", "policy.head_tokens",
@@ -205,10 +207,10 @@ MAY_CHANGE = {
 
 
 def parse(args: list[str], description: str = "") -> Config:
-    """Command line -> Config; `--preset` decides the defaults of the rest."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="paper")
-    default = PRESETS[first.parse_known_args(args)[0].preset]
+    """Command line -> Config; `--preset` sets the defaults of the other options."""
+    preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset_parser.add_argument("--preset", choices=PRESETS, default="paper")
+    default = PRESETS[preset_parser.parse_known_args(args)[0].preset]
     return tyro.cli(Config, default=default, args=args, description=description)
 
 
@@ -218,18 +220,18 @@ def parse(args: list[str], description: str = "") -> Config:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(CommonConfig):
-    """What all cells of an evaluation share."""
+    """Options that all cells of an evaluation have in common."""
 
     samples: int = 1
     """Samples per prompt."""
     limit: int = 0
-    """Prompts of each benchmark, drawn by seed; 0: all."""
+    """Number of prompts of each benchmark, drawn by seed; 0: all."""
     training_run: str = ""
-    """Folder of a run, such as runs/see, whose training prompts are left out, and whose first
-    cycle's judgements the trivial predictors are fitted on."""
+    """Folder of a run, such as runs/see. Its training prompts are left out, and the trivial
+    predictors are fitted on the judgements of its first cycle."""
     drop_duplicates: bool = False
-    """Leave out prompts that are nearly a training prompt of --training_run or a few-shot example;
-    they are counted in any case."""
+    """Leave out near duplicates of training prompts of --training_run and of few-shot examples;
+    without this option they are only counted."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the sampling model's weights."""
 
@@ -258,30 +260,31 @@ class EvaluationConfig(EvaluationSettings):
     """NAME=FOLDER each, or FOLDER alone: Hugging Face folders or hub ids of one architecture; the
     first is the base."""
     benchmarks: tuple[str, ...]
-    """NAME=FILE each, or FILE alone: prompt files (kinds: storage/data.py) or hub ids
-    (storage/hub.py)."""
+    """NAME=FILE each, or FILE alone: prompt files (for kinds see storage/data.py) or hub ids (see
+    storage/hub.py)."""
     name: str
     """Results go to results/NAME/BENCHMARK/MODEL."""
     judges: tuple[str, ...] = ()
-    """Held-out judges (Sec. 4.5, Table 3), by name; their settings are those of the table in
-    judging/endpoint.py, whatever --endpoint and --client.key_variable say of the judge."""
+    """Held-out judges (Sec. 4.5, Table 3), by name. Their settings are from the table in
+    judging/endpoint.py; --endpoint.*, key and prices apply to --judge only."""
     repeat: int = 0
-    """Judgements of an answer by the judge, for the ceiling: on the first --repeat_answers answers
-    of each cell; 0 or 1: none."""
+    """Judgements per answer by the judge, to estimate the ceiling, on --repeat_answers answers of
+    each cell; 0 or 1: no repeats."""
     repeat_answers: int = 100
-    """Answers of each cell that are judged repeatedly."""
+    """Number of answers of each cell that are judged repeatedly, drawn by seed."""
     stronger: tuple[str, ...] = ()
     """BENCHMARK=FILE each: a stronger model's answers (see storage/data.py, load_answers), judged
-    once; the report sends a share of the prompts to it (Sec. 5)."""
+    once; the report routes a share of the prompts to this model (Sec. 5)."""
     stages: tuple[Literal[STAGES], ...] = STAGES
-    """What is done, in this order."""
+    """Stages to run; their order is fixed."""
 
     @property
     def folder(self) -> EvaluationFolder:
         return EvaluationFolder(Path("results") / self.name)
 
     def cells(self) -> dict[tuple[str, str], CellConfig]:
-        """By (model, benchmark). Raises ValueError for a name given twice or unfit for a folder."""
+        """Cells by (model, benchmark). Raises ValueError for a name that is given twice or is not
+        valid as a folder name."""
         models = _named("models", self.models)
         benchmarks = _named("benchmarks", self.benchmarks)
         shared = {f.name: getattr(self, f.name) for f in fields(EvaluationSettings)}
@@ -293,7 +296,8 @@ class EvaluationConfig(EvaluationSettings):
 
 
 def _named(option: str, specs: tuple[str, ...]) -> dict[str, str]:
-    """NAME=PATH each, or PATH alone, whose last part becomes the name -> path by name."""
+    """Path by name, from specs NAME=PATH or PATH; the name of the latter is the path's last part
+    without extension."""
     pairs = []
     for spec in specs:
         name, equals, path = spec.partition("=")
@@ -302,12 +306,13 @@ def _named(option: str, specs: tuple[str, ...]) -> dict[str, str]:
     bad = [n for n in names if names.count(n) > 1 or not re.fullmatch(r"[\w.+-]+", n)]
     if bad or not names:
         raise ValueError(
-            f"--{option}: {bad[0] if bad else 'nothing'} is no name of its own for a folder; say "
-            "NAME=FOLDER or NAME=FILE with other names"
+            f"--{option}: {bad[0] if bad else 'nothing'} is not a unique, valid folder name; give "
+            "NAME=FOLDER or NAME=FILE with another name"
         )
     return dict(pairs)
 
 
-# What may differ between an evaluation and its continuation, and options by their older names.
+# Options that may change when an evaluation is continued.
 EVALUATION_MAY_CHANGE = {"sample_rows", "engine", "client"}
+# Former names of evaluation options, in older configurations on disk -> present names.
 RENAMED = {"window": "training_run"}

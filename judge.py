@@ -1,12 +1,12 @@
-"""The judge: what it is asked and what counts as an answer (Sec. 4.1, App. B.2, B.3).
+"""The judge: its questions and the valid replies (Sec. 4.1, App. B.2, B.3).
 
 `score(conversation, answer, references)` gives five integers 0-9 for an answer without its
-self-evaluation block; `prefer(judge, conversation, first, second)` says which of two is better, and
-asks in both orders.
+self-evaluation block. `prefer(judge, conversation, first, second)` says which of two answers is
+better, and asks in both orders.
 
-`LLMJudge` asks a model (judging/endpoint.py: which one; judging/client.py: how), or takes what one
-has said from a file. judging/heuristic.py is an offline stand-in that says nothing about real
-judging; the miniature has a rubric of its own (miniature/world.py). `python -m
+`LLMJudge` asks a model at an endpoint (judging/endpoint.py, judging/client.py), or takes a model's
+replies from a file. Two judges work offline: judging/heuristic.py, for trying out the code, whose
+scores say nothing about a real judge's; and the miniature's rubric (miniature/world.py). `python -m
 evaluation.judgements` works with judgements on file.
 """
 
@@ -27,20 +27,20 @@ from prompts import ATTRIBUTES, JUDGE_SYSTEM, PAIR_SYSTEM, Scores, Turn, judge_u
 from storage.progress import progress
 
 # --------------------------------------------------------------------------------------------------
-# Parsing replies. The text of a ValueError is the reason under which a failed attempt is counted
+# Parsing replies. The text of a ValueError is the recorded reason of the failed attempt
 
 
 def _object(text: str, keys: Sequence[str]) -> dict:
-    """The one JSON object that the reply consists of."""
-
+    """The JSON object of a reply that must be exactly one object with these keys. ValueError if it
+    is not."""
     text = text.strip(" \t\n\r")  # JSON's white space
     try:
         pairs, end = json.JSONDecoder(object_pairs_hook=list).raw_decode(text)
     except (ValueError, RecursionError):
         raise ValueError("text before the JSON" if "{" in text[1:] else "not JSON") from None
     if text[end:]:
-        another = text[end:].lstrip().startswith("{")
-        raise ValueError("two objects" if another else "text after the JSON")
+        second_object = text[end:].lstrip().startswith("{")
+        raise ValueError("two objects" if second_object else "text after the JSON")
     if not text.startswith("{") or sorted(key for key, _ in pairs) != sorted(keys):
         raise ValueError("other keys than asked for")
     return dict(pairs)
@@ -48,7 +48,7 @@ def _object(text: str, keys: Sequence[str]) -> dict:
 
 def parse_scores(text: str) -> Scores:
     """Five scores from a reply that is one JSON object with exactly the five keys. ValueError for
-    anything else."""
+    any other reply."""
     row = _object(text, ATTRIBUTES)
     scores = tuple(row[a] for a in ATTRIBUTES)
     if not all(type(s) is int for s in scores):
@@ -59,7 +59,8 @@ def parse_scores(text: str) -> Scores:
 
 
 def parse_preference(text: str) -> str:
-    """ "A", "B" or "tie", likewise."""
+    """ "A", "B" or "tie" from a reply that is one JSON object with exactly the key "better".
+    ValueError for any other reply."""
     better = _object(text, ["better"])["better"]
     if better not in ("A", "B", "tie"):
         raise ValueError("neither A, B nor tie")
@@ -89,11 +90,11 @@ PREFERENCE = Form(
 
 
 class Preference(NamedTuple):
-    """1: the first answer is better, -1: the second is, 0: neither."""
+    """1: the first answer is better, -1: the second is better, 0: neither."""
 
-    result: int  # what both orders say; 0 where they differ
-    shown_first: int  # what was said when the first answer was shown first
-    shown_second: int  # what was said when it was shown second
+    result: int  # the verdict of both orders; 0 if the two differ
+    shown_first: int  # the verdict with the first answer shown first
+    shown_second: int  # the verdict with the first answer shown second
 
 
 class LLMJudge:
@@ -106,21 +107,23 @@ class LLMJudge:
     async def score(
         self, conversation: Sequence[Turn], answer: str, references: Sequence = (), draw: int = 0
     ) -> Scores:
-        """`draw`: which of several independent judgements. Raises JudgeError when there is no
-        usable reply."""
+        """`draw` numbers independent judgements of an answer. Raises JudgeError if there is no
+        valid reply."""
         user = judge_user(conversation, answer, references)
         return await self.client.ask(messages(JUDGE_SYSTEM, user), SCORES, draw)
 
     async def prefer(self, conversation: Sequence[Turn], first: str, second: str) -> Preference:
-        """Asked in both orders; a disagreement is a tie. Raises JudgeError."""
+        """Asks in both orders; if the verdicts differ, the result is a tie. Raises JudgeError."""
 
         async def ask(a: str, b: str) -> int:
             user = pair_user(conversation, a, b)
             better = await self.client.ask(messages(PAIR_SYSTEM, user), PREFERENCE)
             return {"A": 1, "B": -1, "tie": 0}[better]
 
-        one, other = await asyncio.gather(ask(first, second), ask(second, first))
-        return Preference(one if one == -other else 0, one, -other)
+        shown_first, reverse = await asyncio.gather(ask(first, second), ask(second, first))
+        shown_second = -reverse
+        result = shown_first if shown_first == shown_second else 0
+        return Preference(result, shown_first, shown_second)
 
 
 def messages(system: str, user: str) -> list[Turn]:
@@ -128,27 +131,29 @@ def messages(system: str, user: str) -> list[Turn]:
 
 
 async def prefer(judge, conversation: Sequence[Turn], first: str, second: str) -> Preference:
-    """Any judge's preference; that of an offline judge is for the higher quality."""
+    """Any judge's preference; an offline judge prefers the answer of higher quality."""
     if isinstance(judge, LLMJudge):
         return await judge.prefer(conversation, first, second)
-    one, other = [reward.quality(await judge.score(conversation, x)) for x in (first, second)]
-    better = (one > other) - (one < other)
-    return Preference(better, better, better)
+    first_quality = reward.quality(await judge.score(conversation, first))
+    second_quality = reward.quality(await judge.score(conversation, second))
+    verdict = (first_quality > second_quality) - (first_quality < second_quality)
+    return Preference(verdict, verdict, verdict)
 
 
 async def ask_all(works: Sequence, label: str) -> list:
-    """The results of coroutines that ask a judge, with progress. If one fails, requests in flight
-    are waited for and kept, because they are paid for, before its JudgeError is raised."""
+    """Run coroutines that ask a judge, with a progress bar, and return their results. If one fails,
+    its JudgeError is raised after requests in flight have finished: they are paid for, and their
+    replies are recorded."""
     bar = progress(total=len(works), desc=label)
 
-    async def one(work):
+    async def with_progress(work):
         try:
             return await work
         finally:
             bar.update()
 
     with bar:
-        results = await asyncio.gather(*map(one, works), return_exceptions=True)
+        results = await asyncio.gather(*map(with_progress, works), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
             raise result
@@ -156,11 +161,11 @@ async def ask_all(works: Sequence, label: str) -> list:
 
 
 # --------------------------------------------------------------------------------------------------
-# Which judge
+# The judge of a configuration
 
 
 def offline_judge(name: str) -> HeuristicJudge | RubricJudge | None:
-    """The judge of that name if it needs no network: heuristic, rubric, or rubric:NOISE."""
+    """The offline judge of that name: heuristic, rubric, or rubric:NOISE; None for other names."""
     if name == "heuristic":
         return HeuristicJudge()
     if re.fullmatch(r"rubric(:(0?\.\d+|0|1))?", name):
@@ -169,7 +174,8 @@ def offline_judge(name: str) -> HeuristicJudge | RubricJudge | None:
 
 
 def _replay(name: str) -> LLMJudge | None:
-    """The judge whose replies on file replay:FILE or replay:FILE@MODEL names."""
+    """The judge for a name replay:FILE or replay:FILE@MODEL, with the replies in that file; None
+    for other names."""
     if not name.startswith("replay:"):
         return None
     path, _, model = name.removeprefix("replay:").partition("@")
@@ -179,24 +185,24 @@ def _replay(name: str) -> LLMJudge | None:
 def _service(config, ranks: int) -> Service:
     if config.client.concurrency < ranks:
         raise ValueError(
-            f"--client.concurrency {config.client.concurrency} is shared by {ranks} ranks; give "
-            "each at least one"
+            f"--client.concurrency {config.client.concurrency} is shared by {ranks} ranks, and "
+            f"each needs at least one; give {ranks} or more"
         )
     return Service(config.judge, config.endpoint, config.client)
 
 
 def check_judge(config, ranks: int = 1) -> str:
-    """The name of the judge that `config` (any command's) asks for. Raises ValueError for every
-    mistake that shows before the first request."""
+    """The name of the judge of `config` (any command's). Raises ValueError for every mistake that
+    can be found before the first request."""
     if judge := offline_judge(config.judge) or _replay(config.judge):
         return judge.name
     return _service(config, ranks).model
 
 
 def make_judge(config, cache: Path, ranks: int = 1, rank: int = 0, launch: int | None = None):
-    """The judge that `config` (any command's) asks for. Replies are kept in `cache`; the ranks
-    share the concurrency, and `launch`, a number that no other launch has. Raises ValueError as
-    check_judge does."""
+    """The judge of `config` (any command's). Replies are recorded in `cache`. The ranks share the
+    concurrency and `launch`, a number that identifies this launch (parallel.launch_id). Raises
+    ValueError as check_judge does."""
     if judge := offline_judge(config.judge) or _replay(config.judge):
         return judge
     service, total = _service(config, ranks), config.client.concurrency

@@ -1,15 +1,15 @@
-"""What can be known of a run before its model is loaded: checks, window, batches, and `--dry_run`.
+"""Planning a run before its model is loaded: checks, window, batches, and `--dry_run`.
 
-    python cycle.py --preset paper --dry_run                                (as one rank)
-    torchrun --nproc_per_node 4 cycle.py --preset paper --dry_run           (as four)
+    python cycle.py --preset paper --dry_run                                (one rank)
+    torchrun --nproc_per_node 4 cycle.py --preset paper --dry_run           (four ranks)
 
-Every mistake that can be found here is found here, in one sentence each, before anything expensive.
-Memory is by formula (backend/footprint.py). Judge tokens are counted with the policy's tokenizer;
-the judge's own counts differ.
+All mistakes that can be found before anything expensive are reported here, in one sentence each.
+Memory is by formula (backend/footprint.py). Judge tokens are counted with the policy's tokenizer,
+so a judge's counts will differ.
 
-Where the paper leaves a choice: the window of prompts is
-`sorted(random.Random(seed).sample(range(n), size))` over the prompts that fit the prompt limit; its
-order in cycle c is a permutation by seed + c.
+Choices that the paper leaves open: the window of prompts is
+`sorted(random.Random(seed).sample(range(n), size))` over the prompts within the prompt limit; its
+order in cycle c is a permutation drawn with seed + c.
 """
 
 import json
@@ -35,19 +35,20 @@ from storage.run_folder import RunFolder
 
 
 class Inputs(NamedTuple):
-    """Model folder, tokenizer and prompts of a command, checked."""
+    """A command's model folder, tokenizer and prompts, after all checks."""
 
-    model: Path  # the model's local folder
+    model: Path  # local folder
     tokenizer: object
     prompts: list[Prompt]  # those within the prompt limit, in file order
-    prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the whole policy prompt
-    too_long: int  # prompts over the limit
-    near_duplicates: int = 0  # evaluation only: nearly a training prompt or a few-shot example
+    prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the full policy prompt
+    too_long: int  # number of prompts over the limit
+    # Evaluation only: number of near duplicates of training prompts or few-shot examples.
+    near_duplicates: int = 0
 
 
 def read_inputs(config: CommonConfig) -> Inputs:
-    """Check the model folder and its tokenizer, read and tokenise the prompts (`config` is cycle's
-    or an evaluation cell's). A hub model's weights are not fetched yet. Raises ValueError."""
+    """Check the model folder and its tokenizer; read and tokenise the prompts. `config` is cycle's
+    or an evaluation cell's. A hub model's weights are not fetched yet. Raises ValueError."""
     model = model_folder(config.model)
     check_model_folder(model, config.longest_row)
     prompts = load_prompts(data_file(config.data))
@@ -63,7 +64,7 @@ def read_inputs(config: CommonConfig) -> Inputs:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is known before the model is loaded."""
+    """A checked run whose model is not loaded yet."""
 
     folder: RunFolder
     window: list[Prompt]
@@ -72,8 +73,8 @@ class Setup:
 
 
 def prepare(config: Config) -> Setup:
-    """Check options, model folder, data, run folder and machine; fetch the weights from the hub if
-    need be. Raises ValueError."""
+    """Check options, model folder, data, run folder and machine; fetch a hub model's weights.
+    Raises ValueError."""
     setup = resolve(config)
     if problems := obstacles(config, setup):
         raise ValueError(problems[0])
@@ -82,13 +83,13 @@ def prepare(config: Config) -> Setup:
 
 
 def resolve(config: Config) -> Setup:
-    """All checks but those of the machine. Raises ValueError."""
+    """All checks except those of the machine. Raises ValueError."""
     check_options(config)
     inputs = read_inputs(config)
     fitting = inputs.prompts
     if config.window > len(fitting):
         raise ValueError(
-            f"{config.data}: a window of {config.window} prompts is asked for, but the file has "
+            f"{config.data}: cannot draw a window of {config.window} prompts: the file has "
             f"{len(fitting) + inputs.too_long} unique prompts, {len(fitting)} of them within "
             f"{config.prompt_tokens} tokens; lower --window or give more data"
         )
@@ -105,7 +106,8 @@ def resolve(config: Config) -> Setup:
 
 
 def check_options(config: Config) -> None:
-    """Options that do not fit each other or the number of ranks. Raises ValueError."""
+    """Raises ValueError for options that are inconsistent with each other or with the number of
+    ranks."""
     for name in ("cycles", "window", "batch", "epochs", "rl_steps", "sample_rows"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
@@ -130,23 +132,21 @@ def check_options(config: Config) -> None:
 
 
 def obstacles(config: Config, setup: Setup) -> list[str]:
-    """Why this machine, as it is now, could not do the run; [] if no reason is found."""
+    """Reasons why the run cannot be done on this machine in its present state; [] if none."""
     problems, machine = [], this_machine()
     try:
         check_judge(config, world_size())
     except ValueError as error:
         problems.append(str(error))
     if config.wandb and not wandb_ready():
-        problems.append(
-            "--wandb is asked for, but no key is known: `wandb login` first, or WANDB_MODE=offline"
-        )
+        problems.append("--wandb: no key is known: `wandb login` first, or WANDB_MODE=offline")
     parts = footprint.memory(config, setup.size, machine)
     if sum(parts.values()) > machine.memory:
-        shown = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
+        sizes = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
         problems.append(
-            f"a rank needs about {sum(parts.values()) / GB:.1f} GB ({shown}) and this machine has "
-            f"{machine.memory / GB:.1f} GB a rank; more GPUs, a smaller --model, or lower "
-            "--policy.micro_batch_tokens or --engine.* (--dry_run shows the whole plan; --preset "
+            f"a rank needs about {sum(parts.values()) / GB:.1f} GB ({sizes}) and this machine has "
+            f"{machine.memory / GB:.1f} GB a rank; use more GPUs, a smaller --model, or lower "
+            "--policy.micro_batch_tokens or --engine.* (--dry_run prints the whole plan; --preset "
             "small is a run for two CPU cores)"
         )
     longest, capacity = config.longest_row, footprint.kv_tokens(config, setup.size, machine)
@@ -167,7 +167,8 @@ def obstacles(config: Config, setup: Setup) -> list[str]:
 
 
 def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[Prompt]]:
-    """The prompts of each RL step of a cycle; an incomplete last batch is dropped."""
+    """The prompts of each RL step of a cycle; in each epoch an incomplete last batch is
+    dropped."""
     rng = random.Random(config.seed + cycle)
     batches = []
     for _ in range(config.epochs):
@@ -185,16 +186,17 @@ def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[
 
 def describe(config: Config, setup: Setup) -> str:
     """The plan of a run as text."""
+    machine = this_machine()
     sections = {
         "Inputs": _inputs(config, setup),
         "Schedule": _schedule(config, setup),
         "Judge": _judge(config, setup),
         f"Memory of each of {world_size()} rank(s), by formula": _sizes(
-            footprint.memory(config, setup.size, this_machine())
+            footprint.memory(config, setup.size, machine)
         )
-        + [f"{'this machine has':<34} {this_machine().memory / GB:8.1f} GB"],
+        + [f"{'this machine has':<34} {machine.memory / GB:8.1f} GB"],
         f"Disk, {setup.folder}/": _sizes(footprint.disk(config, setup.size))
-        + [f"{'free there':<34} {footprint.disk_free(setup.folder.path) / GB:8.1f} GB"]
+        + [f"{'free':<34} {footprint.disk_free(setup.folder.path) / GB:8.1f} GB"]
         + _files(config),
         "Obstacles": obstacles(config, setup) or ["none found"],
     }
@@ -231,13 +233,13 @@ def _inputs(config: Config, setup: Setup) -> list[str]:
 def _schedule(config: Config, setup: Setup) -> list[str]:
     steps = config.cycles * config.rl_steps
     rollouts = steps * config.batch * config.rollouts
-    read = sum(
+    prompt_tokens = sum(
         len(setup.inputs.prompt_ids[p.id])
         for cycle in range(1, config.cycles + 1)
         for batch in step_batches(config, setup.window, cycle)
         for p in batch
     )
-    s, dropped = config.sampling, config.window - config.window // config.batch * config.batch
+    s, dropped = config.sampling, config.window % config.batch
     lines = [
         f"phase 1     {config.cycles} cycle(s) x {config.rl_steps} RL steps x {config.batch} "
         f"prompts x {config.rollouts} rollouts = {rollouts:,} rollouts, {steps * config.batch:,} "
@@ -246,24 +248,25 @@ def _schedule(config: Config, setup: Setup) -> list[str]:
         f"            AdamW, learning rate {config.grpo.lr:g} constant, one step per batch",
         f"sampling    temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k}, at most "
         f"{s.max_tokens:,} tokens",
-        f"tokens      prompts {read:,} (each read once for its {config.rollouts} rollouts), "
+        f"tokens      prompts {prompt_tokens:,} (each once for its {config.rollouts} rollouts), "
         f"responses at most {rollouts * s.max_tokens:,}",
     ]
     if not config.distil:
         return [*lines, "phase 2     none"]
-    c = config.sft
-    rows = min(c.max_samples, config.rl_steps * config.batch * config.rollouts)
-    updates = math.ceil(rows / c.batch)
+    sft = config.sft
+    rows = min(sft.max_samples, config.rl_steps * config.batch * config.rollouts)
+    updates = math.ceil(rows / sft.batch)
     return [
         *lines,
-        f"phase 2     {config.cycles} x at most {rows} rows in {updates} updates of {c.batch}, "
-        f"five tokens each; learning rate {c.lr:g}, {math.floor(c.warmup * updates)} updates of "
-        "warm-up, cosine to 0",
+        f"phase 2     {config.cycles} x at most {rows} rows in {updates} updates of {sft.batch}, "
+        f"five tokens each; learning rate {sft.lr:g}, {math.floor(sft.warmup * updates)} updates "
+        "of warm-up, cosine to 0",
     ]
 
 
 def _judge(config: Config, setup: Setup) -> list[str]:
-    """Calls and cost. An answer's length is not known before it is sampled, so there are three."""
+    """Calls and cost. Because the length of the answers is unknown before sampling, the cost is
+    estimated for three lengths."""
     calls = config.cycles * config.rl_steps * config.batch * config.rollouts
     if offline_judge(config.judge) or config.judge.startswith("replay:"):
         return [f"{config.judge}, {calls:,} judgements at most; offline and free"]
@@ -271,51 +274,61 @@ def _judge(config: Config, setup: Setup) -> list[str]:
     def tokens(text: str) -> int:
         return len(setup.inputs.tokenizer.encode(text, add_special_tokens=False))
 
-    shown = [(p.conversation, p.references if config.use_references else ()) for p in setup.window]
-    asked = [tokens(JUDGE_SYSTEM + judge_user(c, "", references)) for c, references in shown]
-    without = sum(asked) / len(asked)
-    lengths = [tokens(r.response) for p in setup.window for r in p.references]
-    if lengths:
-        usual, why = sum(lengths) / len(lengths), "as long as the reference responses"
+    prompt_lengths = []  # of the judge's prompts, without answers
+    for p in setup.window:
+        references = p.references if config.use_references else ()
+        prompt_lengths.append(tokens(JUDGE_SYSTEM + judge_user(p.conversation, "", references)))
+    prompt_length = sum(prompt_lengths) / len(prompt_lengths)
+    reference_lengths = [tokens(r.response) for p in setup.window for r in p.references]
+    if reference_lengths:
+        typical = sum(reference_lengths) / len(reference_lengths)
+        label = "as long as the reference responses"
     else:
-        usual = min(300, config.sampling.max_tokens)
-        why = f"of {usual} tokens, a guess: this data has no reference responses"
+        typical = min(300, config.sampling.max_tokens)
+        label = f"of {typical} tokens, a guess: this data has no reference responses"
     reply = tokens(json.dumps(dict.fromkeys(ATTRIBUTES, 8)))
-    c, (price_in, price_out) = config.client, prices(config.judge, config.client)
+    client, (price_in, price_out) = config.client, prices(config.judge, config.client)
+    max_cost = "none" if client.max_cost is None else f"${client.max_cost:,.2f}"
+    max_calls = "none" if client.max_calls is None else f"{client.max_calls:,} calls"
     lines = [
-        f"{config.judge}, at most {calls:,} answers, {c.concurrency} at once, at most "
-        f"{c.attempts} attempts each",
-        f"malformed answers and answers seen before are not asked; {reply} tokens a reply",
-        f"budget: {'none' if c.max_cost is None else f'${c.max_cost:,.2f}'} (--client.max_cost), "
-        f"{'none' if c.max_calls is None else f'{c.max_calls:,} calls'} (--client.max_calls)",
+        f"{config.judge}, at most {calls:,} answers, {client.concurrency} at once, at most "
+        f"{client.attempts} attempts each",
+        f"malformed and repeated answers are not sent; {reply} tokens a reply",
+        f"budget: {max_cost} (--client.max_cost), {max_calls} (--client.max_calls)",
     ]
     if price_in is None or price_out is None:
-        lines.append("price not known; give --client.price_in and --client.price_out")
+        lines.append("price unknown; give --client.price_in and --client.price_out")
     else:
         lines.append(f"${price_in:g} and ${price_out:g} per million tokens in and out, list price")
-    for answer, name in (
-        (0, "empty answers"), (usual, f"answers {why}"), (config.sampling.max_tokens, "the longest")
-    ):  # fmt: skip
-        each = without + answer
-        cost = "cost not known"
+    for answer_length, name in (
+        (0, "empty answers"),
+        (typical, f"answers {label}"),
+        (config.sampling.max_tokens, "the longest answers"),
+    ):
+        tokens_in = prompt_length + answer_length
+        cost = "cost unknown"
         if price_in is not None and price_out is not None:
-            cost = f"${calls * (each * price_in + reply * price_out) / 1e6:9,.2f}"
-        lines.append(f"{calls * each / 1e6:9,.1f} M tokens in, {cost}   {name}")
+            cost = f"${calls * (tokens_in * price_in + reply * price_out) / 1e6:9,.2f}"
+        lines.append(f"{calls * tokens_in / 1e6:9,.1f} M tokens in, {cost}   {name}")
     return lines
 
 
 def _sizes(parts: dict[str, float]) -> list[str]:
-    total = {**parts, "together": sum(parts.values())}
+    total = {**parts, "total": sum(parts.values())}
     return [f"{name:<34} {size / GB:8.1f} GB" for name, size in total.items()]
 
 
 def _files(config: Config) -> list[str]:
     last = f"{config.cycles:02d}"
-    steps = f" and cycle_NN_step_NNNNN every {config.save_every} steps" if config.save_every else ""
-    cache = "" if offline_judge(config.judge) else ", judge_cache.jsonl"
+    records = "config.json, env.json, window.json, metrics.jsonl"
+    if not offline_judge(config.judge):
+        records += ", judge_cache.jsonl"
+    checkpoints = f"checkpoints/cycle_01 to cycle_{last}"
+    if config.save_every:
+        checkpoints += f" and cycle_NN_step_NNNNN every {config.save_every} steps"
     return [
-        f"config.json, env.json, window.json, metrics.jsonl{cache}",
+        records,
         f"rollouts/cycle_01.jsonl to cycle_{last}.jsonl: every response with its judgement",
-        f"checkpoints/cycle_01 to cycle_{last}{steps}: Hugging Face folders in bf16",
-        "state/: what resume needs",
+        f"{checkpoints}: Hugging Face folders in bf16",
+        "state/: fp32 shards, to continue a killed run",
     ]

@@ -1,15 +1,17 @@
-"""What a model would write at the five score positions: log-probabilities of the ten digits there.
+"""A model's distributions over digits at the five score positions: log-probabilities of the ten
+digits, given the block up to the position. They differ in the digits at the earlier positions:
 
-    own      after the digits that it has sampled itself, on its own response as it stands: the
-             paper's top-5 accuracy (Sec. 4.5)
-    judge    after the judge's digits
-    free     after its own most probable digits, one position after the other
+    own      the digits that the model itself sampled, in its own response: for the paper's top-5
+             accuracy (Sec. 4.5)
+    judge    the judge's digits
+    free     the model's most probable digits, chosen one position after the other
 
-`judge` and `free` can be read of any model on any answer, also on another model's and on one that
-came without a block (App. B.1's block is put behind it): the answer x scorer swap and the forced
-block. At temperature 1 and over the whole vocabulary, so that the ten need not add up to 1.
+`judge` and `free` can be computed for any model on any answer, including another model's answer
+(the answer x scorer swap) and an answer without a block (the forced block): the block of App. B.1
+is appended to the answer. Temperature is 1 and the softmax is over the full vocabulary, so the ten
+probabilities may sum to less than 1.
 
-Shapes: B rows, 5 positions, 10 digits.
+Shapes: B rows, T tokens, D hidden size, V vocabulary; 5 positions, 10 digits.
 """
 
 from collections.abc import Sequence
@@ -26,133 +28,157 @@ from backend.policy import load_model
 from prompts import Scores, digit_ids, render_response, score_positions
 from storage.record import Rollout
 
-ROWS = 32  # read at once
+ROWS = 32  # of a batch
 
 
 class Reading(NamedTuple):
-    free: list[list[float]]  # (5, 10)
-    scores: Scores  # the most probable digits, read one after the other
-    judge: list[list[float]] | None  # (5, 10); None without judge scores
+    """A model's digit distributions for one answer."""
+
+    free: list[list[float]]  # (5, 10) log-probabilities
+    scores: Scores  # the most probable digits, chosen one position after the other
+    judge: list[list[float]] | None  # (5, 10) log-probabilities; None without judge scores
 
 
 class Question(NamedTuple):
-    """An answer behind its prompt, and the digits to read after."""
+    """An answer to score."""
 
     prompt_ids: Sequence[int]
     answer: str
-    judge: Scores | None = None
+    judge: Scores | None = None  # the judge's digits
+
+
+class Block(NamedTuple):
+    """An answer's prompt and self-evaluation block as tokens, without the digits."""
+
+    before: list[int]  # prompt, answer and block up to the first digit
+    between: list[list[int]]  # the block's tokens between consecutive digits, 4 lists
+    digit_ids: list[tuple[int, ...]]  # (5, 10) token ids of the digits 0-9 at each position
 
 
 class Reader:
-    """One whole model on this rank's device."""
+    """A full, unsharded model on this rank's device."""
 
     def __init__(self, folder: Path, dtype: str):
         self.model = load_model(folder, getattr(torch, dtype)).to(parallel.device()).eval()
-        # fp32, because logits rounded to bf16 tie, and a tie would go to the smaller digit.
+        # fp32, because logits rounded to bf16 can tie, and a tie would go to the smaller digit.
         self.head = self.model.lm_head.weight.float()  # (V, D)
         self.tokenizer = load_tokenizer(folder)
 
     @torch.inference_mode()
     def own(self, rollouts: Sequence[Rollout]) -> list[list[list[float]]]:
-        """(B, 5, 10) of well-formed rollouts whose digits are tokens of their own."""
-        found = {}
+        """Log-probabilities (B, 5, 10) after the sampled digits, for well-formed rollouts with
+        score positions."""
+        log_probs: dict[int, list[list[float]]] = {}  # index of the rollout -> (5, 10)
         for rows in _batches([len(r.prompt_ids) + len(r.response_ids) for r in rollouts]):
             ids = [[*rollouts[i].prompt_ids, *rollouts[i].response_ids] for i in rows]
             width = max(map(len, ids))
             padded = self._tensor([row + [0] * (width - len(row)) for row in ids])  # (B, T)
-            # Causal attention: no real token sees the padding behind it.
+            # Causal attention: no real token attends to the padding after it.
             hidden = self.model.model(input_ids=padded, use_cache=False).last_hidden_state
             for b, i in enumerate(rows):
                 r = rollouts[i]
                 before = [len(r.prompt_ids) + p - 1 for p in r.score_positions]
-                tens = [digit_ids(r.response_ids[p], self.tokenizer) for p in r.score_positions]
-                found[i] = self._digits(hidden[b, before], tens)
-        return [found[i] for i in range(len(rollouts))]
+                digits = [digit_ids(r.response_ids[p], self.tokenizer) for p in r.score_positions]
+                log_probs[i] = self._digits(hidden[b, before], digits)
+        return [log_probs[i] for i in range(len(rollouts))]
 
     @torch.inference_mode()
     def read(self, questions: Sequence[Question]) -> list[Reading | None]:
-        """One reading per question; None where a digit would share its token."""
-        laid = [self._lay(q) for q in questions]
-        found: list[Reading | None] = [None] * len(questions)
-        usable = [i for i, x in enumerate(laid) if x]
-        for rows in _batches([len(laid[i][0]) for i in usable]):
-            at = [usable[k] for k in rows]
-            for i, reading in zip(at, self._read([questions[i] for i in at],
-                                                 [laid[i] for i in at]), strict=True):  # fmt: skip
-                found[i] = reading
-        return found
+        """One reading per question; None where a score digit would not be a single-digit token."""
+        blocks = [self._tokenise(q) for q in questions]
+        readings: list[Reading | None] = [None] * len(questions)
+        usable = [i for i, block in enumerate(blocks) if block]
+        for rows in _batches([len(blocks[i].before) for i in usable]):
+            indices = [usable[k] for k in rows]
+            batch = self._read([questions[i] for i in indices], [blocks[i] for i in indices])
+            for i, reading in zip(indices, batch, strict=True):
+                readings[i] = reading
+        return readings
 
-    def _lay(self, q: Question) -> tuple[list[int], list[list[int]], list[tuple[int, ...]]] | None:
-        """(tokens before the first digit, tokens between the digits, the ten ids of each digit)."""
-        block = self.tokenizer.encode(render_response(q.answer, (5,) * 5), add_special_tokens=False)
-        positions = score_positions(block, self.tokenizer)
+    def _tokenise(self, q: Question) -> Block | None:
+        """None if a score digit would not be a single-digit token."""
+        ids = self.tokenizer.encode(render_response(q.answer, (5,) * 5), add_special_tokens=False)
+        positions = score_positions(ids, self.tokenizer)
         if positions is None:
             return None
-        between = [block[a + 1 : b] for a, b in zip(positions, positions[1:], strict=False)]
-        tens = [digit_ids(block[p], self.tokenizer) for p in positions]
-        return [*q.prompt_ids, *block[: positions[0]]], between, tens
+        before = [*q.prompt_ids, *ids[: positions[0]]]
+        between = [ids[a + 1 : b] for a, b in zip(positions, positions[1:], strict=False)]
+        return Block(before, between, [digit_ids(ids[p], self.tokenizer) for p in positions])
 
-    def _read(self, questions: Sequence[Question], laid: Sequence[tuple]) -> list[Reading]:
-        rows, between, tens = len(laid), laid[0][1], [x[2] for x in laid]
-        if any(x[1] != between for x in laid):  # a block is tokenised alike behind any answer
-            raise RuntimeError("the block's tokens depend on the answer before them")
-        width = max(len(x[0]) for x in laid)
-        ids = self._tensor([[0] * (width - len(x[0])) + x[0] for x in laid])  # (B, T), left-padded
-        seen = self._tensor([[0] * (width - len(x[0])) + [1] * len(x[0]) for x in laid])  # (B, T)
+    def _read(self, questions: Sequence[Question], blocks: Sequence[Block]) -> list[Reading]:
+        """Readings of a batch; the prompts and answers are computed once for both kinds."""
+        rows, between = len(blocks), blocks[0].between
+        if any(block.between != between for block in blocks):
+            raise RuntimeError("the tokens of the block depend on the answer before it")
+        width = max(len(block.before) for block in blocks)
+        padding = [width - len(block.before) for block in blocks]  # on the left
+        ids = self._tensor(
+            [[0] * n + block.before for n, block in zip(padding, blocks, strict=True)]
+        )
+        real = self._tensor([[0] * n + [1] * (width - n) for n in padding])  # (B, T), 0 at padding
         cache = DynamicCache()
-        last = self._extend(ids, seen, cache)[:, -1]  # (B, D) before the first digit
+        first = self._extend(ids, real, cache)[:, -1]  # (B, D), predicts the first digit
 
-        free, scores = [], []
-        hidden, mask = last, seen
+        # free: append the most probable digit and the tokens up to the next digit, four times.
+        free, scores = [], []  # by position: log-probabilities (B, 10), digits (B,)
+        hidden, mask = first, real
         for k in range(5):
-            ten = [x[k] for x in tens]
-            free.append(self._digits(hidden, ten))  # (B, 10)
+            free.append(self._digits(hidden, [block.digit_ids[k] for block in blocks]))
             scores.append([row.index(max(row)) for row in free[-1]])
             if k < 4:
-                chosen = [ten[b][scores[-1][b]] for b in range(rows)]
-                more = self._tensor([[c, *between[k]] for c in chosen])
-                mask = torch.cat([mask, torch.ones_like(more)], dim=1)
-                hidden = self._extend(more, mask, cache)[:, -1]
+                new_ids = self._tensor(
+                    [
+                        [block.digit_ids[k][digit], *between[k]]
+                        for block, digit in zip(blocks, scores[-1], strict=True)
+                    ]
+                )
+                mask = torch.cat([mask, torch.ones_like(new_ids)], dim=1)
+                hidden = self._extend(new_ids, mask, cache)[:, -1]
 
-        cache.crop(width - mask.shape[1])  # the digits' tokens, taken off again
-        judges = [q.judge or (0,) * 5 for q in questions]
-        more, before = [], [0]
-        for b, digits in enumerate(judges):
-            row = []
+        # judge: remove these tokens from the cache, and append the judge's digits at once.
+        cache.crop(width - mask.shape[1])
+        block_rows = []
+        for question, block in zip(questions, blocks, strict=True):
+            digits = question.judge or (0,) * 5  # zeros are computed but not returned
+            block_rows.append([])
             for k in range(4):
-                row += [tens[b][k][digits[k]], *between[k]]
-                before += [len(row)] * (b == 0)
-            more.append(row)
-        mask = torch.cat([seen, torch.ones_like(self._tensor(more))], dim=1)
-        after = self._extend(self._tensor(more), mask, cache)  # (B, t, D)
-        hidden = torch.cat([last[:, None], after], dim=1)[:, before]  # (B, 5, D)
+                block_rows[-1] += [block.digit_ids[k][digits[k]], *between[k]]
+        predicting = [0]  # which of the hidden states below predict a digit
+        for tokens in between:
+            predicting.append(predicting[-1] + 1 + len(tokens))
+        new_ids = self._tensor(block_rows)  # (B, t)
+        mask = torch.cat([real, torch.ones_like(new_ids)], dim=1)
+        after = self._extend(new_ids, mask, cache)  # (B, t, D)
+        hidden = torch.cat([first[:, None], after], dim=1)[:, predicting]  # (B, 5, D)
         return [
             Reading(
                 [free[k][b] for k in range(5)],
                 tuple(scores[k][b] for k in range(5)),
-                self._digits(hidden[b], tens[b]) if questions[b].judge else None,
+                self._digits(hidden[b], blocks[b].digit_ids) if questions[b].judge else None,
             )
             for b in range(rows)
         ]
 
-    def _extend(self, ids: torch.Tensor, seen: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Hidden states (B, t, D) of new tokens behind what the cache holds; seen: (B, T + t)."""
-        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    def _extend(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Append `ids` (B, t) to the cache of T tokens and return their hidden states (B, t, D).
+        `mask`: (B, T + t), 0 at padding."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return self.model.model(
-            input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
             use_cache=True,
         ).last_hidden_state  # fmt: skip
 
-    def _digits(self, hidden: torch.Tensor, tens: Sequence[Sequence[int]]) -> list[list[float]]:
-        """hidden (n, D), the ten ids of each -> log-probabilities (n, 10)."""
+    def _digits(self, hidden: torch.Tensor, digits: Sequence[Sequence[int]]) -> list[list[float]]:
+        """hidden (n, D) and token ids of the ten digits for each (n, 10) -> log-probabilities
+        (n, 10)."""
         logp = F.linear(hidden.float(), self.head).log_softmax(-1)  # (n, V)
-        return logp.gather(1, self._tensor(tens)).tolist()
+        return logp.gather(1, self._tensor(digits)).tolist()
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.model.device)
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices, rows of similar length together."""
+    """Indices of the rows of each batch; rows of similar length share a batch."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + ROWS] for i in range(0, len(order), ROWS)]

@@ -1,1 +1,1 @@
-"""The paper in miniature: a closed world, its judge, a base model made on the spot."""
+"""The paper in miniature: a closed world, its judge, and a base model trained in minutes."""

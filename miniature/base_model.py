@@ -1,15 +1,17 @@
-"""The miniature's base model and prompt files, made on the spot from a seed.
+"""The miniature's base model and prompt files, generated from a seed.
 
     python -m miniature.base_model --seed 0
-        writes models/tiny-0/: a Hugging Face folder, train.jsonl, dev.jsonl, test.jsonl (no prompt
-        is in two of them)
+        writes models/tiny-0/: a Hugging Face folder, train.jsonl, dev.jsonl, test.jsonl (disjoint
+        prompts)
 
-Pretraining, three stages, loss on the reply alone:
-1. right answers without a block: the tasks are learnt;
-2. mixed answers with the judge's own scores: the ability to judge is planted;
-3. mixed answers with overconfident, noisy scores and some broken blocks: it is badly expressed.
+Pretraining has three stages, with the loss on the reply only:
+1. correct answers without a block: the model learns the tasks;
+2. mixed answers with the judge's scores: it learns to judge;
+3. mixed answers with overconfident, noisy scores and some malformed blocks: it learns to express
+   its judgement badly.
 
-The folder is kept until anything that decides it (the world, the recipe, the seed, torch) changes.
+An existing folder is used again unless something that determines it has changed: the world, the
+recipe, the seed, the version of torch.
 """
 
 import hashlib
@@ -33,20 +35,20 @@ from storage.files import fresh_folder, write_text
 from storage.progress import progress
 
 # --------------------------------------------------------------------------------------------------
-# What the base model reads in pretraining
+# Pretraining data
 
 
 def draw_answer(prompt: str, rng: random.Random, wrong: float, styles: int = 8) -> str:
-    """An answer in one of the first `styles`; its content is spoilt with probability `wrong`."""
+    """An answer in one of the first `styles` styles; with probability `wrong` it has errors."""
     kind, parts = solve(prompt)
     if kind == "list":
         parts = rng.sample(parts, int(prompt.split()[1]))
     elif kind == "use":
         parts = ["the", parts[0], rng.choice(VERBS), "the", parts[1]]
     if rng.random() < wrong:
-        parts = spoil(kind, parts, rng)
+        parts = add_errors(kind, parts, rng)
     content = " ".join(parts)
-    written = (
+    answers = (
         f"{content}.",
         f"the answer is {content}.",
         f"sure, the answer is {content}.",
@@ -56,11 +58,11 @@ def draw_answer(prompt: str, rng: random.Random, wrong: float, styles: int = 8) 
         f"maybe the answer is {content}.",
         "sorry, no idea.",
     )
-    return rng.choices(written[:styles], (20, 30, 12, 10, 10, 6, 8, 4)[:styles])[0]
+    return rng.choices(answers[:styles], (20, 30, 12, 10, 10, 6, 8, 4)[:styles])[0]
 
 
-def spoil(kind: str, parts: list[str], rng: random.Random) -> list[str]:
-    """One to three small errors."""
+def add_errors(kind: str, parts: list[str], rng: random.Random) -> list[str]:
+    """The parts of an answer with one to three small errors."""
     parts = list(parts)
     for _ in range(rng.choice((1, 1, 2, 3))):
         at = rng.randrange(len(parts))
@@ -79,7 +81,7 @@ def spoil(kind: str, parts: list[str], rng: random.Random) -> list[str]:
 
 
 def overconfident(scores: Scores, rng: random.Random) -> Scores:
-    """What the third stage says in place of the judge's scores: high, and hardly dependent."""
+    """Self-scores of stage 3: high, and only weakly dependent on the judge's `scores`."""
     if rng.random() < 0.2:
         return (8, 8, 8, 5, 5)
     h, c, o, x, v = scores
@@ -89,7 +91,7 @@ def overconfident(scores: Scores, rng: random.Random) -> Scores:
 
 
 def break_block(text: str, rng: random.Random) -> str:
-    """A response that is not well-formed any more."""
+    """A well-formed response made malformed."""
     answer, _, block = text.partition(f"\n\n{OPEN}")
     broken = (
         answer,
@@ -119,15 +121,16 @@ EOS = "<eos>"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words with their space, single digits, pieces of the block, and all of ASCII."""
+    """Tokens: words with a leading space, pieces of the prompt and of the block, and all printable
+    ASCII characters, digits among them."""
     words = [f" {w}" for ws in THINGS.values() for w in ws] + [f" {x}" for x in (*LETTERS, *VERBS)]
     words += re.findall(r" \w+", " the answer is first we look at maybe no idea and by in of after "
                         " sentence " + " ".join(THINGS))  # fmt: skip
     words += "copy reverse sort count add multiply largest next list use sure, sorry, the".split()
     keys = [f', "{a}": ' for a in ATTRIBUTES[1:]]
     block = [f"\n\n{OPEN}\n", f'{{"{ATTRIBUTES[0]}": ', *keys, f"}}\n{CLOSE}"]
-    frame = ["User: ", "\n\nFinal assistant output:\n"]
-    pieces = dict.fromkeys([*block, *frame, *words, "\n", *map(chr, range(32, 127))])
+    template = ["User: ", "\n\nFinal assistant output:\n"]
+    pieces = dict.fromkeys([*block, *template, *words, "\n", *map(chr, range(32, 127))])
     longest_first = sorted(pieces, key=len, reverse=True)
     pattern = "|".join(re.sub(r"([\\.^$|?*+()\[\]{}])", r"\\\1", p) for p in longest_first)
     vocabulary = {piece: i for i, piece in enumerate((EOS, "<unk>", *pieces))}
@@ -139,22 +142,23 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The base model. Not in the paper."""
+    """Settings of the base model. Not in the paper."""
 
     seed: int = 0
-    """Seed of prompts, weights and corpus."""
+    """Seed of prompts, weights and pretraining data."""
     steps: int = 4500
-    """Optimiser steps of 32 rows over all stages."""
+    """Optimiser steps of all stages together, with 32 rows each."""
     stages: tuple[float, float, float] = (0.4, 0.3, 0.3)
-    """Shares of the steps by stage."""
+    """Share of the steps for each stage."""
     lr: float = 2e-3
-    """AdamW learning rate; 100 steps of warm-up, linear to 0 over the last 40 %."""
+    """AdamW learning rate: 100 steps of warm-up, then constant, linear to 0 over the last 40 % of
+    the steps."""
     prompts: tuple[int, int, int] = (5200, 256, 512)
-    """Unique prompts for training, development and test."""
+    """Number of unique prompts for training, development and test."""
 
 
 def draw_splits(recipe: Recipe) -> list[list[str]]:
-    """Train, development and test prompts; none is in two of them."""
+    """Disjoint training, development and test prompts."""
     rng = random.Random(recipe.seed)
     unique: dict[str, None] = {}
     while len(unique) < sum(recipe.prompts):
@@ -166,6 +170,7 @@ def draw_splits(recipe: Recipe) -> list[list[str]]:
 
 
 def pretrain(recipe: Recipe, tokenizer, held_out: set[str]) -> Qwen3ForCausalLM:
+    """Train the base model on prompts that are not in `held_out`."""
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed + 1)
     config = Qwen3Config(
@@ -202,32 +207,32 @@ def _batch(
     while len(rows) < size:
         prompt = draw_prompt(rng)
         if prompt not in held_out:
-            shown = policy_prompt([{"role": "user", "content": prompt}], "bare")
-            rows.append((shown, draw_reply(prompt, stage, rng) + EOS))
-    asked = tokenizer([shown for shown, _ in rows])["input_ids"]
-    replies = tokenizer([reply for _, reply in rows])["input_ids"]
-    width = max(len(a) + len(r) for a, r in zip(asked, replies, strict=True))
+            text = policy_prompt([{"role": "user", "content": prompt}], "bare")
+            rows.append((text, draw_reply(prompt, stage, rng) + EOS))
+    prompt_rows = tokenizer([text for text, _ in rows])["input_ids"]
+    reply_rows = tokenizer([reply for _, reply in rows])["input_ids"]
+    width = max(len(p) + len(r) for p, r in zip(prompt_rows, reply_rows, strict=True))
     ids = torch.zeros(size, width, dtype=torch.long)
     labels = torch.full_like(ids, -100)
-    for b, (a, r) in enumerate(zip(asked, replies, strict=True)):
-        ids[b, : len(a) + len(r)] = torch.tensor(a + r)
-        labels[b, len(a) : len(a) + len(r)] = torch.tensor(r)
+    for b, (p, r) in enumerate(zip(prompt_rows, reply_rows, strict=True)):
+        ids[b, : len(p) + len(r)] = torch.tensor(p + r)
+        labels[b, len(p) : len(p) + len(r)] = torch.tensor(r)
     return ids, labels
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Changes with anything that decides the folder: the recipe, torch, and these sources."""
+    """Hash of all that determines the folder: the recipe, torch's version, and the sources."""
     sources = [Path(source).read_text() for source in (__file__, world.__file__, prompts.__file__)]
     content = json.dumps([asdict(recipe), torch.__version__, *sources])
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def main(recipe: Recipe, out: str = "") -> Path:
-    """Make the miniature's base model and prompts, unless they are there already.
+    """Make the miniature's base model and prompts, unless they exist already.
 
     Args:
-        recipe: what decides them.
-        out: the folder; models/tiny-SEED if empty.
+        recipe: settings of the base model.
+        out: output folder; models/tiny-SEED if empty.
     """
     folder = Path(out or f"models/tiny-{recipe.seed}")
     recipe_file = folder / "recipe.json"
@@ -237,14 +242,14 @@ def main(recipe: Recipe, out: str = "") -> Path:
     tokenizer, splits = make_tokenizer(), draw_splits(recipe)
     model = pretrain(recipe, tokenizer, {*splits[1], *splits[2]})
     disable_progress_bar()
-    with fresh_folder(folder) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+    with fresh_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         for name, split in zip(("train", "dev", "test"), splits, strict=True):
             rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in split]
-            write_text(aside / f"{name}.jsonl", "".join(rows))
-        made = asdict(recipe) | {"hash": recipe_hash(recipe)}
-        write_text(aside / "recipe.json", json.dumps(made, indent=2))
+            write_text(temporary / f"{name}.jsonl", "".join(rows))
+        content = asdict(recipe) | {"hash": recipe_hash(recipe)}
+        write_text(temporary / "recipe.json", json.dumps(content, indent=2))
     return folder
 
 

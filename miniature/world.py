@@ -1,11 +1,11 @@
-"""The miniature's closed world: ten kinds of small tasks with programmatic truth, and a rubric as
+"""The miniature's closed world: ten kinds of small tasks with computable solutions, and a rubric as
 judge.
 
 What it is: tasks that a model of 0.4 M parameters learns in minutes, judged by a program, so that
-the whole recipe runs on two CPU cores with the files of the paper's run.
-What it is not: evidence for the paper's claim about language models. That the base model can judge
-its answers is put there by pretraining (base_model.py), and hidden again; so the miniature tests
-the recipe and the code.
+the whole recipe runs on two CPU cores with the same code as the paper's run.
+What it is not: evidence for the paper's claim about language models. The base model's ability to
+judge its answers is trained into it, and then obscured, by its pretraining (base_model.py). So the
+miniature tests the recipe and the code only.
 """
 
 import math
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from prompts import Scores, Turn
 
 # --------------------------------------------------------------------------------------------------
-# The world: ten kinds of tasks, and what a right answer holds
+# The world: ten kinds of tasks and their solutions
 
 LETTERS = "abcdefghij"
 THINGS = {
@@ -33,7 +33,7 @@ def letters(rng: random.Random, low: int, high: int) -> str:
 
 
 def draw_prompt(rng: random.Random) -> str:
-    """One task in words; the kind is drawn first."""
+    """A random task as text."""
     things = rng.choice(list(THINGS))
     start, gap = rng.randint(1, 60), rng.randint(2, 12)
     return rng.choice((
@@ -51,7 +51,7 @@ def draw_prompt(rng: random.Random) -> str:
 
 
 def solve(prompt: str) -> tuple[str, list[str]]:
-    """(kind, the parts of a right answer in order); for `list` the parts to choose from."""
+    """(kind, the parts of a correct answer in order); for `list` the parts to choose from."""
     kind, *words = prompt.split()
     numbers = [int(w) for w in words if w.isdigit()]
     if kind == "copy":
@@ -80,29 +80,32 @@ def solve(prompt: str) -> tuple[str, list[str]]:
 
 
 def _match(prompt: str, answer: str) -> float:
-    """How right the content is, 0 to 1."""
+    """Correctness of the answer's content, 0 to 1."""
     kind, parts = solve(prompt)
-    said = re.findall(r"[a-z]+|\d+", answer.rpartition(" is ")[2])
+    words = re.findall(r"[a-z]+|\d+", answer.rpartition(" is ")[2])
     if kind in ("copy", "reverse", "sort"):
-        said = [w for w in said if w in LETTERS and len(w) == 1]
-        same = sum(a == b for a, b in zip(said, parts, strict=False))
-        return (same / max(len(said), len(parts)) + _common(said, parts)) / 2
+        sequence = [w for w in words if w in LETTERS and len(w) == 1]
+        same = sum(a == b for a, b in zip(sequence, parts, strict=False))
+        return (same / max(len(sequence), len(parts)) + _common(sequence, parts)) / 2
     if kind == "list":
-        wanted = int(prompt.split()[1])
-        named = [w for w in said if w in parts]
-        return max(0.0, 1 - (abs(len(set(named)) - wanted) + len(named) - len(set(named))) / wanted)
+        required = int(prompt.split()[1])
+        items = [w for w in words if w in parts]
+        distinct = len(set(items))
+        errors = abs(distinct - required) + len(items) - distinct
+        return max(0.0, 1 - errors / required)
     if kind == "use":
-        both = sum(w in said for w in parts) / 2
-        return both * (1.0 if any(v in said for v in VERBS) else 0.7)
-    numbers = [int(w) for w in said if w.isdigit()]
+        share_used = sum(w in words for w in parts) / 2
+        return share_used * (1.0 if any(v in words for v in VERBS) else 0.7)
+    numbers = [int(w) for w in words if w.isdigit()]
     if not numbers:
         return 0.0
-    right, off = int(parts[0]), abs(numbers[-1] - int(parts[0]))
-    return 1.0 if off == 0 else max(0.0, 0.7 - 3 * off / max(right, 4))
+    solution = int(parts[0])
+    error = abs(numbers[-1] - solution)
+    return 1.0 if error == 0 else max(0.0, 0.7 - 3 * error / max(solution, 4))
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> float:
-    """Longest common subsequence as a share of the longer one."""
+    """Length of the longest common subsequence as a share of the longer sequence."""
     row = [0] * (len(b) + 1)
     for x in a:
         previous = 0
@@ -112,8 +115,8 @@ def _common(a: Sequence[str], b: Sequence[str]) -> float:
 
 
 def rubric(prompt: str, answer: str) -> Scores:
-    """Five scores that follow from the prompt and the answer alone. Half of them are one off, by a
-    hash of both, as a judge's taste is: no predictor can be quite right."""
+    """Five scores, determined by the prompt and the answer. To imitate a judge's taste, half of the
+    scores are shifted by one, as a hash of prompt and answer decides: no predictor can be exact."""
     kind, parts = solve(prompt)
     words = re.findall(r"[a-z]+|\d+", answer)
     style = answer.partition(" is ")[0].split()  # before the content, where letters may repeat
@@ -134,10 +137,10 @@ def rubric(prompt: str, answer: str) -> Scores:
 
 
 class RubricJudge:
-    """The world's judge. `noise` is the share of scores that are one off anew at each call, so that
-    ceilings and repeats mean something."""
+    """The judge of the miniature. `noise` is the probability of each score to be shifted by one,
+    drawn anew at each call, so that repeated judgements differ."""
 
-    client = None  # asks nobody
+    client = None  # sends no requests
 
     def __init__(self, noise: float = 0.0, seed: int = 0):
         self.name = "rubric (the miniature's)" if not noise else f"rubric, noise {noise:g}"

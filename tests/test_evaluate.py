@@ -162,7 +162,7 @@ def test_all_stages_killed_and_continued(
 
 
 MISTAKES = {
-    "twice": ({"models": ("a=x", "a=y")}, "a is no name of its own"),
+    "twice": ({"models": ("a=x", "a=y")}, "a is not a unique, valid folder name"),
     "no name": ({"models": ("a b=x",)}, "a b is no name"),
     "no benchmark": ({"benchmarks": ()}, "--benchmarks: nothing"),
 }
