@@ -26,11 +26,12 @@ from grpo import GRPOConfig
 from judging.endpoint import ClientConfig, Endpoint
 from reward import RewardConfig
 from sft_masked import SFTConfig
+from storage.options import Count, CountOrZero, Options, in_range
 from storage.run_folder import CellFolder, EvaluationFolder, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonConfig:
+class CommonConfig(Options):
     """Options that training and evaluation have in common."""
 
     judge: str = "gpt-5.4"
@@ -46,14 +47,14 @@ class CommonConfig:
     few_shot: Literal["paper-like", "varied"] = "paper-like"
     """Few-shot examples: with scores like the authors', or with scores over the whole range (a
     control for priming). Evaluate with the examples of training."""
-    prompt_tokens: int = 4096
+    prompt_tokens: Count = 4096
     """Maximum prompt length, template included, in tokens (Table 5); longer prompts are left out
     and counted."""
     sampler: Literal["auto", "vllm", "transformers"] = "auto"
     """Sampler: vLLM, or a decoding loop with transformers; auto: vLLM if it is installed."""
-    sample_rows: int = 64
+    sample_rows: Count = 64
     """Maximum number of rollouts that are sampled at once per rank."""
-    seed: int = 42
+    seed: in_range(int, "[0, 4294967000]") = 42
     """Seed for the draw of prompts and for sampling; in training also for the order of prompts and
     the selection of rollouts to distil."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -88,27 +89,27 @@ class Config(CommonConfig):
     data: str = "nvidia/HelpSteer2"
     """Training prompts: a file (for kinds see storage/data.py) or a hub id (see storage/hub.py).
     App. E: HelpSteer2 train."""
-    cycles: int = 15
+    cycles: Count = 15
     """C, number of cycles of both phases (Sec. 4.1)."""
-    window: int = 160
+    window: Count = 160
     """Unique prompts, drawn once by seed and reused in every cycle (App. E)."""
-    batch: int = 16
+    batch: Count = 16
     """B_RL, prompts per RL step over all ranks (Table 5)."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the window per cycle."""
-    rl_steps: int = 10
+    rl_steps: Count = 10
     """K, RL steps per cycle (Table 5); must be epochs x floor(window / batch)."""
-    rollouts: int = 8
+    rollouts: in_range(int, "[2, inf)") = 8
     """Rollouts per prompt: the GRPO group size (Table 5)."""
     reference: Literal["cycle", "base"] = "cycle"
     """KL reference: the policy at the start of the cycle, or the base model."""
     distil: bool = True
     """Phase 2 after each phase 1; without it the run is GRPO only, as Adapted RLCR (Sec. 4.1,
     Baseline)."""
-    save_every: int = 0
+    save_every: CountOrZero = 0
     """RL steps between checkpoints, and between states with the optimiser, within phase 1; 0:
     states at phase ends and checkpoints at cycle ends only."""
-    keep_checkpoints: int = 0
+    keep_checkpoints: CountOrZero = 0
     """Number of newest checkpoints to keep on disk; 0: all (2 bytes per parameter each)."""
     dry_run: bool = False
     """Print the plan of the run and stop before the model is loaded: window, batches, schedule,
@@ -222,9 +223,9 @@ def parse(args: list[str], description: str = "") -> Config:
 class EvaluationSettings(CommonConfig):
     """Options that all cells of an evaluation have in common."""
 
-    samples: int = 1
+    samples: Count = 1
     """Samples per prompt."""
-    limit: int = 0
+    limit: CountOrZero = 0
     """Number of prompts of each benchmark, drawn by seed; 0: all."""
     training_run: str = ""
     """Folder of a run, such as runs/see. Its training prompts are left out, and the trivial
@@ -267,10 +268,10 @@ class EvaluationConfig(EvaluationSettings):
     judges: tuple[str, ...] = ()
     """Held-out judges (Sec. 4.5, Table 3), by name. Their settings are from the table in
     judging/endpoint.py; --endpoint.*, key and prices apply to --judge only."""
-    repeat: int = 0
+    repeat: CountOrZero = 0
     """Judgements per answer by the judge, to estimate the ceiling, on --repeat_answers answers of
     each cell; 0 or 1: no repeats."""
-    repeat_answers: int = 100
+    repeat_answers: Count = 100
     """Number of answers of each cell that are judged repeatedly, drawn by seed."""
     stronger: tuple[str, ...] = ()
     """BENCHMARK=FILE each: a stronger model's answers (see storage/data.py, load_answers), judged

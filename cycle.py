@@ -98,6 +98,7 @@ class Run:
         self.figures: dict[str, float | None] = {}  # of the step in progress, for metrics.jsonl
         self.to_show = False  # whether --show_batch has yet to print a row of this phase
         self.policy_is_reference = False  # in the step in progress
+        self.logged = 0  # lines of metrics.jsonl
         self.where = "before the first step"  # the step in progress, for error messages
         ranks, rank, launch = parallel.world_size(), parallel.rank(), parallel.launch_id()
         self.collector = Collector(
@@ -319,7 +320,9 @@ class Run:
         if parallel.rank() == 0:
             append_line(self.folder.metrics_file, line)
         if self.wandb:
-            self.wandb.log(line)
+            # A step that is replayed after a kill has wandb's step already: it appears once.
+            self.wandb.log(line, step=self.logged)
+        self.logged += 1
 
     # ----------------------------------------------------------------------------------------------
     # Files: the run's folder, checkpoints, state, resume
@@ -383,6 +386,7 @@ class Run:
             parallel.print0(f"going on from {states[-1]}")
         if parallel.rank() == 0:
             self.folder.keep_metrics_until(cycle, step)
+            self.logged = len(self.folder.metrics())
         self._log(cycle, "setup", step, {})
         return cycle, step, optimizer
 

@@ -29,6 +29,7 @@ from pathlib import Path
 import tyro
 
 from backend import parallel
+from backend.model_folder import check_weights
 from backend.policy import PolicyConfig, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from config import EVALUATION_MAY_CHANGE, RENAMED, CellConfig, EvaluationConfig
@@ -86,6 +87,7 @@ def prepare(cell: CellConfig) -> Inputs:
         prompts = [prompts[i] for i in sorted(chosen)]
     check_same_config(cell.folder, cell, EVALUATION_MAY_CHANGE, RENAMED)
     fetch_weights(cell.model)
+    check_weights(inputs.model)
     return inputs._replace(prompts=prompts, near_duplicates=sum(duplicate))
 
 

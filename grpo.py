@@ -29,32 +29,35 @@ tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from backend import parallel
 from backend.packing import Batch, Row, Work, chosen_rows
 from backend.policy import Policy
+from storage.options import Finite, NotNegative, Options, Positive, in_range
 from storage.record import Rollout
 
 
 @dataclass(frozen=True)
-class GRPOConfig:
-    lr: float = 1e-6
+class GRPOConfig(Options):
+    prefix: ClassVar[str] = "grpo."
+
+    lr: Positive = 1e-6
     """AdamW learning rate, constant, no warm-up (Table 5)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: in_range(tuple[float, float], "[0, 1)") = (0.9, 0.999)
     """AdamW betas (Table 5)."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW weight decay (Table 5)."""
-    grad_clip: float = 1.0
+    grad_clip: Positive = 1.0
     """Maximum global gradient norm (Table 5)."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """Clip range of the probability ratio (Table 5). Never active with one step per batch, because
     the ratio is then 1."""
-    kl_coef: float = 0.01
+    kl_coef: NotNegative = 0.01
     """Weight of the k3 KL to the reference (Table 5)."""
-    entropy_coef: float = 0.001
+    entropy_coef: Finite = 0.001
     """Weight of the entropy bonus (Table 5)."""
     loss_mean: Literal["response", "token"] = "response"
     """Loss averaging: mean over responses of their token means, or mean over all tokens (note 3 in

@@ -21,7 +21,13 @@ from typing import NamedTuple
 
 from backend import footprint
 from backend.footprint import GB, this_machine
-from backend.model_folder import Size, check_model_folder, load_tokenizer, model_size
+from backend.model_folder import (
+    Size,
+    check_model_folder,
+    check_weights,
+    load_tokenizer,
+    model_size,
+)
 from backend.parallel import world_size
 from backend.policy import attention
 from config import MAY_CHANGE, CommonConfig, Config
@@ -53,7 +59,13 @@ def read_inputs(config: CommonConfig) -> Inputs:
     check_model_folder(model, config.longest_row)
     prompts = load_prompts(data_file(config.data))
     tokenizer = load_tokenizer(model)
-    check_tokenizer(tokenizer)
+    size = model_size(model)
+    check_tokenizer(tokenizer, config.template, config.few_shot, size.vocabulary)
+    if config.sampling.top_k > size.vocabulary:
+        raise ValueError(
+            f"--sampling.top_k {config.sampling.top_k:,} is above the model's vocabulary of "
+            f"{size.vocabulary:,}; 0 keeps all"
+        )
     ids = {
         p.id: prompt_ids(tokenizer, p.conversation, config.template, config.few_shot)
         for p in prompts
@@ -79,6 +91,7 @@ def prepare(config: Config) -> Setup:
     if problems := obstacles(config, setup):
         raise ValueError(problems[0])
     fetch_weights(config.model)
+    check_weights(setup.inputs.model)
     return setup
 
 
@@ -108,11 +121,6 @@ def resolve(config: Config) -> Setup:
 def check_options(config: Config) -> None:
     """Raises ValueError for options that are inconsistent with each other or with the number of
     ranks."""
-    for name in ("cycles", "window", "batch", "epochs", "rl_steps", "sample_rows"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.rollouts < 2:
-        raise ValueError("rollouts must be at least 2: an advantage compares a prompt's rollouts")
     if config.rl_steps != config.epochs * (config.window // config.batch):
         raise ValueError(
             f"rl_steps {config.rl_steps} does not fit: {config.epochs} epoch(s) of a window of "

@@ -6,17 +6,22 @@ calibration all five."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from storage.options import Finite, Options, Positive
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    w_quality: float = 0.7
+class RewardConfig(Options):
+    prefix: ClassVar[str] = "reward."
+
+    w_quality: Finite = 0.7
     """Weight w_q of the quality term (Sec. 4.1, training budget)."""
-    w_calibration: float = 0.3
+    w_calibration: Finite = 0.3
     """Weight w_c of the calibration term (Sec. 4.1)."""
-    gamma: float = 2.0
+    gamma: Positive = 2.0
     """Exponent of the calibration term; above 1 it penalises large gaps more (Sec. 3.1)."""
-    penalty: float = -1.0
+    penalty: Finite = -1.0
     """Reward of a malformed response (Eq. 1, first case)."""
 
 

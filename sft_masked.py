@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -27,24 +27,27 @@ from backend import parallel
 from backend.packing import Row, chosen_rows, share_out
 from backend.policy import Policy, PolicyConfig
 from prompts import digit_ids
+from storage.options import Count, NotNegative, Options, Positive, in_range
 from storage.record import Rollout
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    max_samples: int = 400
+class SFTConfig(Options):
+    prefix: ClassVar[str] = "sft."
+
+    max_samples: Count = 400
     """M, rollouts distilled per cycle (Table 5)."""
-    per_prompt_limit: int = 4
+    per_prompt_limit: Count = 4
     """Maximum number of distilled rollouts per prompt (authors' configuration)."""
-    batch: int = 32
+    batch: Count = 32
     """Rows per update (Table 5); the last batch of the epoch may be smaller."""
-    lr: float = 2e-6
+    lr: Positive = 2e-6
     """Peak AdamW learning rate; cosine to 0 (Table 5)."""
-    warmup: float = 0.03
+    warmup: in_range(float, "[0, 1]") = 0.03
     """Share of the updates with linear warm-up, rounded down (Table 5)."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW weight decay (Table 5)."""
-    grad_clip: float = 1.0
+    grad_clip: Positive = 1.0
     """Maximum global gradient norm (Table 5)."""
 
 

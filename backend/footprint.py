@@ -9,6 +9,7 @@ otherwise.
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,8 +93,25 @@ class Machine(NamedTuple):
 def this_machine() -> Machine:
     if torch.cuda.is_available():
         return Machine(torch.cuda.get_device_properties(0).total_memory, True)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), container_limit())
     return Machine(total / int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), False)
+
+
+def container_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes of memory that this process's control group may use; inf without a limit."""
+    limits = [math.inf]
+    own = Path("/proc/self/cgroup").read_text() if Path("/proc/self/cgroup").exists() else ""
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        name = "memory.limit_in_bytes" if "memory" in controllers.split(",") else "memory.max"
+        root = cgroup / "memory" if name != "memory.max" else cgroup
+        inside = root / path.lstrip("/")
+        for folder in (inside, *inside.parents):  # a limit above it counts too
+            with suppress(OSError, ValueError):
+                limits.append(float((folder / name).read_text()))  # "max": ValueError
+            if folder == root:
+                break
+    return min(limits)
 
 
 def engine(config, m: Size, machine: Machine) -> float:

@@ -15,7 +15,7 @@ Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V v
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,13 @@ from backend import packing, parallel
 from backend.model_folder import copy_settings
 from backend.packing import Batch, attention_calls
 from storage.files import fresh_folder
+from storage.options import Count, Options
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(Options):
+    prefix: ClassVar[str] = "policy."
+
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type (App. E: bf16)."""
     parameters: Literal["float32", "bfloat16"] = "float32"
@@ -44,10 +47,10 @@ class PolicyConfig:
     attn: Annotated[Literal["auto", "flash", "sdpa"], tyro.conf.arg(aliases=("--attn",))] = "auto"
     """Attention with --no-shared-prefix: flash-attn's kernels (auto: if CUDA and the package are
     available; not run), or PyTorch's scaled_dot_product_attention."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: Count = 16384
     """Tokens of a micro-batch, padding included. Does not change the gradient, only memory and
     time."""
-    head_tokens: int = 2048
+    head_tokens: Count = 2048
     """Scored tokens whose logits are in memory at once: 2,048 x 151k vocabulary is 0.6 GB in
     bf16."""
     gradient_checkpointing: bool = True

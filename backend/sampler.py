@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, set_seed
@@ -35,28 +35,33 @@ from backend import parallel
 from backend.model_folder import generation_config, weight_shapes
 from backend.policy import Policy, load_model
 from prompts import CLOSE, decode
+from storage.options import Count, CountOrZero, NotNegative, Options, Positive, in_range
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    temperature: float = 0.8
+class SamplingParams(Options):
+    prefix: ClassVar[str] = "sampling."
+
+    temperature: NotNegative = 0.8
     """Sampling temperature, also used in the loss (Table 5). 0 is greedy, for evaluation only."""
-    top_p: float = 0.9
+    top_p: in_range(float, "(0, 1]") = 0.9
     """Nucleus sampling: probability mass to sample from (Table 5)."""
-    top_k: int = 25
+    top_k: CountOrZero = 25
     """Number of most probable tokens to sample from (Table 5); 0: all."""
-    max_tokens: int = 8192
+    max_tokens: Count = 8192
     """Maximum response length, in tokens (Table 5)."""
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Options):
     """vLLM's memory. Not in the paper; the GPU values are for GPUs of 80-96 GB and have not been
     run."""
 
-    gpu_memory: float = 0.35
+    prefix: ClassVar[str] = "engine."
+
+    gpu_memory: in_range(float, "(0, 1]") = 0.35
     """Share of a GPU's memory for the engine: weights, KV cache, workspace."""
-    kv_cache_gb: float = 1.0
+    kv_cache_gb: Positive = 1.0
     """KV cache per rank on CPU, in GB."""
     sleep: bool = False
     """Free the engine's GPU memory while the policy trains (no effect on CPU)."""

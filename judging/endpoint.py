@@ -14,8 +14,10 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 from urllib.parse import urlsplit
+
+from storage.options import Count, NotNegative, Options, Positive, in_range
 
 
 class Form(NamedTuple):
@@ -28,16 +30,18 @@ class Form(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class Endpoint(Options):
     """Settings that affect the judge's replies; fixed for a run."""
+
+    prefix: ClassVar[str] = "endpoint."
 
     base_url: str = ""
     """URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; empty: the judge's
     from the table in endpoint.py, else OPENAI_BASE_URL, else OpenAI's."""
-    temperature: float | None = 0.1
+    temperature: in_range(float | None, "[0, inf)") = 0.1
     """Judge's sampling temperature (authors' configuration); None leaves it out, for models that
     refuse it."""
-    max_tokens: int = 128
+    max_tokens: Count = 128
     """Maximum reply length in tokens (authors' configuration)."""
     token_limit: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
     """Name of the request parameter for max_tokens; older servers accept only the second."""
@@ -50,33 +54,35 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class ClientConfig:
+class ClientConfig(Options):
     """Request settings that do not affect the replies; may change when a run is continued."""
+
+    prefix: ClassVar[str] = "client."
 
     key_variable: str = ""
     """Name of the environment variable that holds the key; empty: from the table in endpoint.py,
     else OPENAI_API_KEY."""
-    concurrency: int = 24
+    concurrency: Count = 24
     """Maximum number of requests in flight, over all ranks (authors' configuration)."""
-    attempts: int = 8
+    attempts: Count = 8
     """Attempts per answer before the run stops (authors' configuration)."""
-    timeout: float = 90.0
+    timeout: Positive = 90.0
     """Time-out of one attempt in seconds (authors' configuration)."""
-    backoff: float = 2.0
+    backoff: NotNegative = 2.0
     """First back-off in seconds; doubles with each attempt, with full jitter (authors'
     configuration)."""
-    backoff_max: float = 120.0
+    backoff_max: NotNegative = 120.0
     """Maximum back-off in seconds (authors' configuration); a longer Retry-After is obeyed."""
-    deadline: float = 1200.0
+    deadline: in_range(float, "(0, 3600]") = 1200.0
     """Maximum time in seconds from an answer's first attempt to its last; then the run stops."""
-    max_cost: float | None = None
+    max_cost: in_range(float | None, "[0, inf)") = None
     """Budget in US dollars over all launches, at which the run stops; requests in flight at that
     moment are still paid."""
-    max_calls: int | None = None
+    max_calls: in_range(int | None, "[0, inf)") = None
     """Budget in calls, failed attempts included, over all launches, at which the run stops."""
-    price_in: float | None = None
+    price_in: in_range(float | None, "[0, inf)") = None
     """US dollars per million input tokens; None: from the table in endpoint.py."""
-    price_out: float | None = None
+    price_out: in_range(float | None, "[0, inf)") = None
     """US dollars per million output tokens; None: from the table in endpoint.py."""
 
 
@@ -137,11 +143,6 @@ class Service:
             or "https://api.openai.com/v1"
         )
         self.price_in, self.price_out = prices(model, config)
-        if not (0 < config.deadline <= 3600 and config.timeout > 0 and config.attempts > 0):
-            raise ValueError(
-                "--client.deadline must be at most 3600 s, because the other ranks wait for it; "
-                "--client.timeout and --client.attempts above 0"
-            )
         self._check_url()
         self.key = self._read_key()
         self.request_parameters = {**defaults.request, **self._read_request()}

@@ -19,6 +19,8 @@ import gzip
 import hashlib
 import json
 import re
+import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ from sklearn.metrics.pairwise import linear_kernel
 from prompts import ATTRIBUTES, Scores, Turn
 
 ROLES = ("system", "user", "assistant")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DataError(ValueError):
@@ -105,52 +109,78 @@ def load_answers(path: str | Path, prompts: Sequence[Prompt]) -> dict[str, str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) for each row."""
+    """("file:line", row) for each row. Lone surrogates, which no tokenizer takes, become U+FFFD; a
+    warning counts them."""
+    replaced = 0
+    for number, row in _raw_rows(path):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        row, count = _without_surrogates(row)
+        replaced += count
+        yield f"{path}:{number}", row
+    if replaced:
+        warnings.warn(f"{path}: {replaced} lone surrogate(s) are read as U+FFFD", stacklevel=2)
+
+
+def _without_surrogates(value: object) -> tuple[object, int]:
+    """The value with U+FFFD for lone surrogates in its strings, and how many there were."""
+    if isinstance(value, str):
+        whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole, 0 if whole == value else len(_SURROGATE.findall(value))
+    if isinstance(value, list):
+        pairs = [_without_surrogates(x) for x in value]
+        return [x for x, _ in pairs], sum(count for _, count in pairs)
+    if isinstance(value, dict):
+        pairs = {key: _without_surrogates(x) for key, x in value.items()}
+        return {key: x for key, (x, _) in pairs.items()}, sum(n for _, n in pairs.values())
+    return value, 0
+
+
+def _raw_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """(line number, value); rows of a JSON list or of parquet are counted from 1."""
     if path.suffix == ".parquet":
         try:
-            for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
-                yield f"{path}:{number}", row
+            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
         except (OSError, pyarrow.ArrowInvalid) as error:
             raise DataError(f"{path}: cannot be read as parquet ({error})") from error
         return
     try:
-        text = (
-            gzip.decompress(path.read_bytes()).decode()
-            if path.suffix == ".gz"
-            else path.read_text("utf-8")
-        )
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    lines = text.split("\n")  # not splitlines(), which splits at a U+2028 inside a JSON string
     if text.lstrip().startswith("["):
         try:
-            rows = enumerate(json.loads(text), 1)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not a JSON list ({error.msg})") from error
-    else:
-        rows = (
-            (number, _loads(path, number, line))
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        )
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        yield f"{path}:{number}", row
+            yield from enumerate(json.loads(text), 1)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line = getattr(error, "lineno", 1)
+            message = getattr(error, "msg", "too deeply nested")
+            raise DataError(f"{path}:{line}: not a JSON list ({message})") from error
+        return
+    # Not splitlines(), which splits at a U+2028 inside a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, _loads(path, number, line)
 
 
 def _loads(path: Path, number: int, line: str) -> object:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
+        message = getattr(error, "msg", "too deeply nested")
         raise DataError(
-            f"{path}:{number}: not JSON ({error.msg}); each line must be one JSON object"
+            f"{path}:{number}: not JSON ({message}); each line must be one JSON object"
         ) from error
 
 
 def _kind(where: str, row: dict) -> str:
     if "prompt" in row and "response" in row:
         return "helpsteer2"
+    if "response_1" in row and "response_2" in row:
+        raise DataError(
+            f"{where}: HelpSteer2's preference file has pairs of responses and no labels 0-4; give "
+            "its train.jsonl.gz or validation.jsonl.gz"
+        )
     if "uid" in row and "prompt" in row:
         return "arena_hard"
     if "instruction" in row:

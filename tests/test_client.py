@@ -101,7 +101,6 @@ BAD = {
     "not JSON": (Endpoint(request="temperature=1"), FAST, "--endpoint.request takes a JSON object"),
     "not ours": (Endpoint(request='{"stream": true}'), FAST, "without model"),
     "no price": (Endpoint(), replace(FAST, max_cost=5.0), "--client.price_in"),
-    "for ever": (Endpoint(), replace(FAST, deadline=86400.0), "--client.deadline"),
 }
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
+from typing import get_type_hints
 
 import pytest
 from conftest import REQUESTS, make_tokenizer, small_args
@@ -12,9 +14,14 @@ import cycle
 import plan
 from backend.footprint import disk, memory, this_machine
 from backend.policy import PolicyConfig
-from backend.sampler import EngineConfig
-from config import PRESETS, Config, parse
+from backend.sampler import EngineConfig, SamplingParams
+from config import PRESETS, Config, EvaluationConfig, parse
+from grpo import GRPOConfig
+from judging.endpoint import ClientConfig, Endpoint
 from plan import check_options, describe, prepare, resolve, step_batches
+from reward import RewardConfig
+from sft_masked import SFTConfig
+from storage.options import Range
 
 
 def test_the_paper_preset_is_the_papers():
@@ -94,8 +101,10 @@ BAD = {
     "steps": ({"rl_steps": 3}, r"rl_steps 3 .* 1 epoch.* window of 8 .* batches of 4 are 2 steps"),
     "model": ({"model": "none"}, "model none: no such folder"),
     "context": ({"prompt_tokens": 4096}, "reads 1024 tokens, fewer than prompt_tokens .* = 4216"),
-    "rollouts": ({"rollouts": 1}, "rollouts must be at least 2"),
-    "cycles": ({"cycles": 0}, "cycles must be at least 1"),
+    "top-k": (
+        {"sampling": SamplingParams(top_k=9999, max_tokens=120)},
+        "--sampling.top_k 9,999 is above the model's vocabulary of [0-9]+; 0 keeps all",
+    ),
     "key": ({"judge": "gpt-5.4"}, "OPENAI_API_KEY"),
     "memory": (
         {"policy": PolicyConfig(micro_batch_tokens=10**9)},
@@ -116,6 +125,66 @@ BAD = {
         "--attn flash needs .*--policy.dtype bfloat16",
     ),
 }
+
+
+OUT_OF_RANGE = [
+    (Config, "rollouts", 1, "--rollouts must be in [2, inf), not 1"),
+    (Config, "cycles", 0, "--cycles must be in [1, inf), not 0"),
+    (Config, "keep_checkpoints", -1, "--keep_checkpoints must be in [0, inf), not -1"),
+    (Config, "seed", -1, "--seed must be in [0, 4294967000], not -1"),
+    (SFTConfig, "batch", 0, "--sft.batch must be in [1, inf), not 0"),
+    (SFTConfig, "per_prompt_limit", 0, "--sft.per_prompt_limit must be in [1, inf), not 0"),
+    (SFTConfig, "lr", float("nan"), "--sft.lr must be in (0, inf), not nan"),
+    (SFTConfig, "warmup", 1.5, "--sft.warmup must be in [0, 1], not 1.5"),
+    (GRPOConfig, "lr", float("inf"), "--grpo.lr must be in (0, inf), not inf"),
+    (GRPOConfig, "betas", (0.9, 1.0), "--grpo.betas must be in [0, 1), not 1.0"),
+    (SamplingParams, "top_k", -1, "--sampling.top_k must be in [0, inf), not -1"),
+    (SamplingParams, "top_p", 0.0, "--sampling.top_p must be in (0, 1], not 0.0"),
+    (SamplingParams, "max_tokens", 0, "--sampling.max_tokens must be in [1, inf), not 0"),
+    (SamplingParams, "temperature", -0.1, "--sampling.temperature must be in [0, inf), not -0.1"),
+    (PolicyConfig, "head_tokens", 0, "--policy.head_tokens must be in [1, inf), not 0"),
+    (EngineConfig, "gpu_memory", 1.1, "--engine.gpu_memory must be in (0, 1], not 1.1"),
+    (RewardConfig, "gamma", float("nan"), "--reward.gamma must be in (0, inf), not nan"),
+    (RewardConfig, "penalty", float("-inf"), "--reward.penalty must be in (-inf, inf), not -inf"),
+    (ClientConfig, "deadline", 86400.0, "--client.deadline must be in (0, 3600], not 86400.0"),
+    (ClientConfig, "max_cost", -1.0, "--client.max_cost must be in [0, inf), not -1.0"),
+    (Endpoint, "temperature", -1.0, "--endpoint.temperature must be in [0, inf), not -1.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "field", "value", "says"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_where_it_is_given(options, field, value, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        options(**{field: value})
+
+
+NO_RANGE = {
+    Config: {"use_references", "template", "few_shot", "sampler", "judge", "preset", "name",
+             "model", "data", "reference", "distil", "dry_run", "show_batch", "wandb"},
+    EvaluationConfig: {"use_references", "template", "few_shot", "sampler", "judge", "models",
+                       "benchmarks", "name", "judges", "stronger", "stages", "training_run",
+                       "drop_duplicates", "dtype"},
+    GRPOConfig: {"loss_mean"},
+    SFTConfig: set(),
+    RewardConfig: set(),
+    SamplingParams: set(),
+    EngineConfig: {"sleep"},
+    PolicyConfig: {"dtype", "parameters", "shared_prefix", "attn", "gradient_checkpointing"},
+    ClientConfig: {"key_variable"},
+    Endpoint: {"base_url", "token_limit", "output", "request"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", NO_RANGE)
+def test_every_number_among_the_options_has_a_range(options):
+    hints = get_type_hints(options, include_extras=True)
+    without = {
+        f.name
+        for f in dataclasses.fields(options)
+        if not dataclasses.is_dataclass(hints[f.name])
+        and not any(isinstance(x, Range) for x in getattr(hints[f.name], "__metadata__", ()))
+    }
+    assert without == NO_RANGE[options]
 
 
 @pytest.mark.parametrize(("changes", "says"), BAD.values(), ids=BAD)

@@ -141,7 +141,9 @@ def test_unusable_model_folders_are_named(tmp_path, random_folder):
     (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
     with pytest.raises(ValueError, match="type 'gemma2' is not supported"):
         check_model_folder(tmp_path, 9)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "use_sliding_window": true}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "qwen2", "use_sliding_window": true, "max_position_embeddings": 99}'
+    )
     with pytest.raises(ValueError, match="sliding window"):
         check_model_folder(tmp_path, 9)
     check_model_folder(random_folder(), 1024)
