@@ -167,12 +167,6 @@ def check_tokenizer(
             f"becomes {decoded[at : at + 20]!r}; its class may be wrong (tokenizer_class in "
             "tokenizer_config.json), as for Llama 3 vocabularies declared LlamaTokenizerFast"
         )
-    largest = max(ids)
-    if vocabulary is not None and largest >= vocabulary:
-        raise ValueError(
-            f"tokenizer {name} writes token {largest}, but the model has embeddings for "
-            f"{vocabulary:,}; give the tokenizer that belongs to the model"
-        )
     layouts = []  # (score positions, all other tokens) of the same block with each digit
     for digit in range(10):
         ids = tokenizer.encode(
@@ -191,6 +185,12 @@ def check_tokenizer(
         raise ValueError(
             f"tokenizer {name}: replacing a digit of the [SELF_EVAL] block changes the tokens "
             "around it; choose a model whose tokenizer writes single digits as single tokens"
+        )
+    largest = max(ids)
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"tokenizer {name} writes token {largest}, but the model has embeddings for "
+            f"{vocabulary:,}; give the tokenizer that belongs to the model"
         )
 
 

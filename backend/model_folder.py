@@ -64,13 +64,13 @@ def check_model_folder(folder: str | Path, longest: int) -> None:
             f"model {folder} is quantised (quantization_config in config.json); training needs its "
             "bf16 or fp32 weights"
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(
-            f"model {folder}: rotary positions of type {rope_type!r} depend on the length of the "
-            f"input, which differs in a pack; supported: {', '.join(ROPE_TYPES)}"
-        )
+    for rope in (config.get("rope_parameters") or {}, config.get("rope_scaling") or {}):
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"model {folder}: rotary positions of type {rope_type!r} depend on the length of "
+                f"the input, which differs in a pack; supported: {', '.join(ROPE_TYPES)}"
+            )
     limit = config.get("max_position_embeddings")
     if type(limit) is not int:
         raise ValueError(
