@@ -163,7 +163,7 @@ def test_all_stages_killed_and_continued(
 
 MISTAKES = {
     "twice": ({"models": ("a=x", "a=y")}, "a is not a unique, valid folder name"),
-    "no name": ({"models": ("a b=x",)}, "a b is no name"),
+    "no name": ({"models": ("a b=x",)}, "a b is not a unique, valid folder name"),
     "no benchmark": ({"benchmarks": ()}, "--benchmarks: nothing"),
 }
 
