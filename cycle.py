@@ -117,21 +117,21 @@ class Run:
         )
 
     def train(self) -> None:
-        """Algorithm 1 (App. D). Lines 8-16 per response are in rollout.py, Eq. 1 in reward.py."""
+        """Algorithm 1 (App. D). Lines 8-16 are rollout.Collector's, Eq. 1 is reward.reward."""
         for cycle in self.cycles():  # line 4
             # Lines 5-19. Phase 1: Calibration-Coupled RL
             for step, prompts in self.rl_steps(cycle):  # line 6
                 sampled = self.sample(cycle, step, prompts)  # line 7
-                work, ref_logps = self.reference_pass(sampled)
-                rollouts = self.judged(sampled)  # lines 8-18
-                rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)  # Eq. 1
+                work, ref_logps = self.reference_pass(sampled)  # for the KL, while the judge works
+                rollouts = self.judged(sampled)  # lines 8-16: parsed, judged, rewarded
+                rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)  # (N,)
                 advantages = group_advantages(rewards, self.config.rollouts)  # (N,)
                 self.rl_step(work, rollouts, advantages, ref_logps)  # line 19
 
             # Line 20. The buffer: the well-formed rollouts of this phase
             buffer = [r for r in self.rollouts_of(cycle) if in_buffer(r)]
 
-            # Lines 21-25. Phase 2: Masked Judge Distillation
+            # Lines 21-25. Phase 2: Masked Judge Distillation (not with --no-distil)
             selected = self.select(buffer, cycle)  # line 23
             targets = [distillation_row(r, self.tokenizer) for r in selected]  # line 22
             for update in self.sft_updates(cycle, targets):  # line 24

@@ -1,4 +1,4 @@
-"""Lines 7-18 of Algorithm 1: sample responses, judge the well-formed ones, reward all, keep every
+"""Lines 7-16 of Algorithm 1: sample responses, judge the well-formed ones, reward all, keep every
 one on file.
 
 A response is judged as soon as it is sampled, while others are still being sampled. A malformed
@@ -124,9 +124,8 @@ class Collector:
         rollouts, error = dict(sampled.on_file), None
         try:
             with self.clock("judge_tail"):
-                wait(
-                    sampled.pending
-                )  # after a failure too: what is in flight is paid for, and kept
+                # After a failure too: requests in flight are paid for, and kept.
+                wait(sampled.pending)
                 for future in sampled.pending:
                     rollout = future.result()
                     rollouts[rollout.key] = rollout
@@ -151,18 +150,18 @@ class Collector:
         return {"judge": parallel.all_sum(self.judge.client.take_counts())}
 
     async def _judge_and_reward(self, sample: Sample, cycle: int, step: int, path: Path) -> Rollout:
-        """Lines 8-17 for one response; the rollout is on file when this returns."""
-        request, config = sample.request, self.reward
+        """Lines 8-16 for one response; the rollout is on file when this returns."""
+        request, c = sample.request, self.reward
         block = parse_self_eval(sample.text)  # line 8
-        answer = self_scores = positions = scores = quality = calibration = None  # line 9
-        if block is not None:
+        answer = self_scores = positions = scores = quality = calibration = None
+        if block is not None:  # line 9
             answer, self_scores = block
             positions = score_positions(sample.response_ids, self.tokenizer)
             prompt = self.prompts[request.prompt_id]
             references = prompt.references if self.use_references else ()
             scores = await self.judge.score(prompt.conversation, answer, references)  # line 12
             quality = reward.quality(scores)  # line 13
-            calibration = reward.calibration(self_scores, scores, config.gamma)  # lines 14-15
+            calibration = reward.calibration(self_scores, scores, c.gamma)  # lines 14-15
         rollout = Rollout(
             cycle=cycle,
             step=step,
@@ -181,10 +180,10 @@ class Collector:
             reward=reward.reward(  # lines 10 and 16, Eq. 1
                 self_scores,
                 scores,
-                w_quality=config.w_quality,
-                w_calibration=config.w_calibration,
-                gamma=config.gamma,
-                penalty=config.penalty,
+                w_quality=c.w_quality,
+                w_calibration=c.w_calibration,
+                gamma=c.gamma,
+                penalty=c.penalty,
             ),
             quality=quality,
             calibration=calibration,

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 # Dense, logits = head(norm(hidden)) without scaling, rotary positions: what packing.py computes and
-# what we hold against plain forward passes (tests/test_families.py).
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "smollm3")
+# what the tests hold against plain forward passes, type by type.
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "olmo3", "smollm3", "phi3")
 # Positions decide the rotation and nothing else does; "dynamic" and "longrope" depend on the length
 # of the whole input, which is another in a pack.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -204,7 +204,9 @@ def model_size(folder: str | Path) -> Size:
         vocabulary=config.vocab_size,
         activations=linear + 6 * config.hidden_size,
         kv_per_token=config.num_hidden_layers
-        * (layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features),
+        * 2
+        * config.num_key_value_heads
+        * layer.self_attn.head_dim,
         heads_per_key=config.num_attention_heads // config.num_key_value_heads,
         tied=config.tie_word_embeddings,
     )

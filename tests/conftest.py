@@ -18,11 +18,21 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 import prompts
@@ -89,9 +99,22 @@ def make_model(kind: str, vocab_size: int, tied: bool = True, seed: int = 0, key
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+        "olmo3": (Olmo3Config, Olmo3ForCausalLM),
+        "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+        "phi3": (Phi3Config, Phi3ForCausalLM),
     }
     config, model = classes[kind]
-    extra = {"head_dim": 32} if kind != "qwen2" else {}
+    extra = {
+        "llama": {"head_dim": 32},
+        "qwen3": {"head_dim": 32},
+        "mistral": {"head_dim": 32, "sliding_window": None},
+        # A window as long as the longest row; the last layer looks back on all.
+        "olmo3": {"sliding_window": 1024, "layer_types": ["sliding_attention", "full_attention"]},
+        # One layer with rotary positions and one without.
+        "smollm3": {"no_rope_layers": [1, 0]},
+    }.get(kind, {})
     return model(config(**common, **extra))
 
 
@@ -110,9 +133,9 @@ def random_folder(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.fixture(scope="session")
-def parrot_folder(tmp_path_factory, tokenizer):
-    """A tiny model that has learnt to answer in a few words, with a block of random scores."""
+def make_parrot(path: Path, tokenizer) -> None:
+    """Write a tiny model that has learnt to answer in a few words, with a block of random
+    scores."""
     rng = random.Random(0)
     model = make_model("qwen3", len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -134,9 +157,14 @@ def parrot_folder(tmp_path_factory, tokenizer):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    path = tmp_path_factory.mktemp("parrot")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def parrot_folder(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("parrot")
+    make_parrot(path, tokenizer)
     return path
 
 

@@ -36,7 +36,8 @@ ONLY_IN = {
 }
 # All others can be imported without torch.
 TORCH = {"cycle", "rollout", "grpo", "sft_masked", "evaluate", "plan", "config", "storage.logbook",
-         "evaluation.digits", "evaluation.stages", "miniature.base_model"}  # fmt: skip
+         "evaluation.digits", "evaluation.stages", "miniature.base_model",
+         "miniature.demo"}  # fmt: skip
 
 
 def imports(module: str) -> set[str]:

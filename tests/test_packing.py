@@ -14,7 +14,9 @@ from backend.packing import (
 )
 from backend.policy import PolicyConfig, load_model, load_policy
 
-KINDS = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False)]
+KINDS = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False),
+         ("mistral", False), ("olmo2", False), ("olmo3", False), ("smollm3", True),
+         ("phi3", False)]  # fmt: skip
 
 
 def numbers(count: int, seed: int) -> list[int]:

@@ -16,7 +16,9 @@ from grpo import GRPOConfig, make_optimizer, policy_loss, response_row
 from sft_masked import masked_loss
 
 FP32 = PolicyConfig(dtype="float32")
-KINDS = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False)]
+KINDS = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False),
+         ("mistral", False), ("olmo2", False), ("olmo3", False), ("smollm3", True),
+         ("phi3", False)]  # fmt: skip
 
 
 def row(vocab: int) -> Row:
