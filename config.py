@@ -199,7 +199,7 @@ PRESETS = {
     c.preset: c
     for c in (PAPER, OFFICIAL, RLCR, RLCR_MATCHED, SMALL, TINY, TINY_RLCR, TINY_RLCR_MATCHED)
 }
-# Options that may change when a run is continued: its length, files, batch sizes and the like.
+# Options that may change when a run is continued: its length, what is kept, micro-batches, client.
 MAY_CHANGE = {
     "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "engine",
     "client", "sample_rows", "policy.micro_batch_tokens", "policy.head_tokens",

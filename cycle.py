@@ -42,7 +42,7 @@ from plan import Setup, describe, prepare, resolve, step_batches
 from rollout import Collector, Sampled, rollout_means
 from sft_masked import distillation_row, sft_step
 from storage.data import Prompt
-from storage.files import WriteError, append_line, write_text
+from storage.files import FileError, WriteError, append_line, read_json, write_text
 from storage.logbook import Clock, coloured, open_folder, open_wandb
 from storage.progress import progress
 from storage.record import Rollout, read_rollouts
@@ -73,7 +73,7 @@ def main(config: Config | None = None) -> None:
                 run.train()
         except parallel.NonFiniteError as error:  # the same on all ranks
             raise SystemExit(f"error: {run.where}: {error}" if first else 1) from None
-        except (JudgeError, WriteError) as error:
+        except (JudgeError, WriteError, FileError) as error:
             raise SystemExit(f"error: {error}") from None
 
 
@@ -377,7 +377,7 @@ class Run:
         states = parallel.states(self.folder.states)
         cycle, step, optimizer = 1, 0, None
         if states:
-            where = json.loads((states[-1] / "where.json").read_text())
+            where = read_json(states[-1] / "where.json")
             cycle, step = where["cycle"], where["step"]
             with self.clock("loading"):
                 if where["mid_phase"]:

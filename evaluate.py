@@ -39,11 +39,11 @@ from evaluation.intervals import Interval
 from evaluation.metrics import render, summarise
 from judge import check_judge, make_judge
 from judging.client import Background, JudgeError
-from plan import Inputs, read_inputs
+from plan import Inputs, check_name, read_inputs
 from prompts import EXAMPLES, FEW_SHOT
 from rollout import Collector
 from storage.data import Prompt, load_answers, load_prompts, near_duplicates
-from storage.files import WriteError, write_text
+from storage.files import FileError, WriteError, read_json, write_text
 from storage.hub import data_file, fetch_weights
 from storage.logbook import Clock, check_same_config, open_folder
 from storage.progress import progress
@@ -255,7 +255,7 @@ def run(
 
 def keep_model_order(path: Path, models: list[str]) -> None:
     """Record the models in the order in which they were first asked for, the base first."""
-    before = json.loads(path.read_text()) if path.exists() else []
+    before = read_json(path, list) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps([*before, *(m for m in models if m not in before)]))
 
@@ -306,6 +306,7 @@ def main() -> None:
     try:
         parallel.refuse_restart()
         config = dataclasses.replace(config, sampler=choose_sampler(config.sampler))
+        check_name(config.name)
         cells = config.cells()
         if config.judge in config.judges:
             raise ValueError(f"--judges: {config.judge} is the judge already; name others")
@@ -320,7 +321,7 @@ def main() -> None:
     with parallel.process_group(), parallel.alone_in(config.folder.path):
         try:
             run(config, cells, inputs, stronger)
-        except (JudgeError, WriteError) as error:
+        except (JudgeError, WriteError, FileError) as error:
             raise SystemExit(f"error: {error}") from None
 
 

@@ -15,6 +15,7 @@ order in cycle c is a permutation drawn with seed + c.
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -125,8 +126,10 @@ def check_options(config: Config) -> None:
         raise ValueError(
             f"rl_steps {config.rl_steps} does not fit: {config.epochs} epoch(s) of a window of "
             f"{config.window} in batches of {config.batch} are "
-            f"{config.epochs * (config.window // config.batch)} steps"
+            f"{config.epochs * (config.window // config.batch)} steps; give --rl_steps "
+            f"{config.epochs * (config.window // config.batch)}"
         )
+    check_name(config.name)
     if config.batch % world_size():
         raise ValueError(
             f"batch {config.batch} cannot be shared evenly by {world_size()} ranks; choose a "
@@ -137,6 +140,14 @@ def check_options(config: Config) -> None:
             "sampling.temperature must be above 0 in training: the loss divides logits by it"
         )
     attention(config.policy)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless a name gives a folder below runs/ or results/."""
+    if not re.fullmatch(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", name):
+        raise ValueError(
+            f"--name {name!r} must be letters, digits and . _ + -, with / between folders"
+        )
 
 
 def obstacles(config: Config, setup: Setup) -> list[str]:

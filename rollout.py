@@ -82,9 +82,10 @@ class Collector:
         is finished (line 7). Rollouts of `weight_version` in `on_file` are taken from there, new
         ones are appended to `path`.
 
-        A sampler with one seed per call samples an incomplete step anew: the same weights give the
-        same responses, and the judge's cache the same scores. One with a seed per rollout samples
-        what is missing. Collective at its end, where all ranks stop if the judge of one has failed.
+        A sampler with one seed per call samples an incomplete step anew: with as many ranks, the
+        same weights give the same responses, and the judge's cache the same scores. One with a seed
+        per rollout samples what is missing. Collective at its end, where all ranks stop if the
+        judge of one has failed.
         """
         requests = self.requests(cycle, step, batch)
         finished = {key: r for key, r in on_file.items() if r.weight_version == weight_version}

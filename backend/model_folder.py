@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from storage.files import read_json
+
 # Dense, logits = head(norm(hidden)) without scaling, rotary positions: what packing.py computes and
 # what the tests hold against plain forward passes, type by type.
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "olmo3", "smollm3", "phi3")
@@ -26,17 +28,6 @@ COPIED = ("generation_config.json", "tokenizer*", "vocab.json", "merges.txt",
 
 # --------------------------------------------------------------------------------------------------
 # Checks
-
-
-def read_json(path: Path) -> dict:
-    """Raises ValueError with the file's name."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object; fetch it again")
-    return content
 
 
 def check_model_folder(folder: str | Path, longest: int) -> None:
@@ -131,14 +122,23 @@ def check_weights(folder: str | Path) -> None:
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in the folder's safetensors files (those of its index, if it has
-    one). Rotary tables, which old files also hold, are left out. Raises ValueError."""
-    paths = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        listed = set(read_json(index).get("weight_map", {}).values())
-        paths = [path for path in paths if path.name in listed]
+    """Name -> shape of the tensors in the folder's safetensors files: those of its index, or
+    model.safetensors, or all. Rotary tables, which old files also hold, are left out. Raises
+    ValueError."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(x, str) for x in listed.values()):
+            raise ValueError(f"{index}: has no weight_map of file names; fetch it again")
+        paths = sorted(folder / name for name in set(listed.values()))
+    elif (folder / "model.safetensors").is_file():  # others may hold the same in another form
+        paths = [folder / "model.safetensors"]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; fetch the model again")
         with open(path, "rb") as f:
             if f.read(40).startswith(b"version https://git-lfs"):
                 raise ValueError(f"{path} is a Git LFS pointer, not the weights; fetch it again")
@@ -235,7 +235,7 @@ def generation_config(folder: str | Path) -> GenerationConfig:
     )
 
 
-def copy_settings(source: Path, target: Path, model_class: str) -> None:
+def write_settings(source: Path, target: Path, model_class: str) -> None:
     """Write an export's config.json, and copy tokenizer, chat template and generation settings
     unchanged from the folder that it was trained from."""
     config = read_json(source / "config.json")

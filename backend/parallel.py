@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from storage.files import publish, write_text
+from storage.files import FileError, WriteError, publish, write_text, writing
 from storage.lock import locked
 
 # Far longer than the slowest judgement, during which the other ranks wait in a collective.
@@ -263,20 +264,47 @@ def clip_grad_norm(module: torch.nn.Module, max_norm: float) -> float:
 
 def save_state(folder: Path, tensors: dict[str, torch.Tensor], where: dict) -> None:
     """Write `tensors` (each rank its shards) and `where`, the position in the run, to `folder`.
-    Delete all but the newest STATES_KEPT states beside it. Collective."""
+    Delete all but the newest STATES_KEPT states beside it. Collective. Raises WriteError."""
     temporary = folder.with_name(folder.name + ".tmp")
-    if rank() == 0:
+
+    def start() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    barrier()
-    dcp.save(tensors, checkpoint_id=temporary)
-    if rank() == 0:
+
+    def finish() -> None:
         write_text(temporary / "where.json", json.dumps(where))
         shutil.rmtree(folder, ignore_errors=True)
         publish(temporary, folder)
         for old in states(folder.parent)[:-STATES_KEPT]:
             shutil.rmtree(old)
-    barrier()
+
+    write_on_rank_0(folder, start)
+    try:
+        dcp.save(tensors, checkpoint_id=temporary)
+        failure = None
+    except CheckpointException as error:  # on all ranks, whichever failed
+        failure = OSError(_causes(error))
+    write_on_rank_0(folder, finish, failure)
+
+
+def write_on_rank_0(folder: Path, work: Callable[[], None], failure: OSError | None = None) -> None:
+    """Run `work`, which writes to `folder`, on rank 0, unless there is a `failure` already. A
+    failed write stops all ranks. Collective. Raises WriteError."""
+    error = None
+    if rank() == 0:
+        try:
+            with writing(folder):
+                if failure is not None:
+                    raise failure
+                work()
+        except WriteError as problem:
+            error = problem
+    raise_together(error)
+
+
+def _causes(error: CheckpointException) -> str:
+    causes = "; ".join(f"{failure}" for failure, _ in error.failures.values())
+    return " ".join(causes.split())[:200]
 
 
 def states(root: Path) -> list[Path]:
@@ -287,9 +315,16 @@ def states(root: Path) -> list[Path]:
 
 
 def load_state(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Load `tensors` in place from a folder that save_state wrote. Collective."""
-    with torch.no_grad():
-        dcp.load(tensors, checkpoint_id=folder)
+    """Load `tensors` in place from a folder that save_state wrote. Collective. Raises FileError."""
+    try:
+        with torch.no_grad():
+            dcp.load(tensors, checkpoint_id=folder)
+    except (CheckpointException, OSError) as error:
+        cause = _causes(error) if isinstance(error, CheckpointException) else str(error)
+        raise FileError(
+            f"{folder}: this state cannot be read ({cause}); delete the folder to go on from the "
+            "state before it"
+        ) from None
 
 
 def optimizer_tensors(

@@ -20,13 +20,14 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from backend import packing, parallel
-from backend.model_folder import copy_settings
+from backend.model_folder import write_settings
 from backend.packing import Batch, attention_calls
 from storage.files import fresh_folder
 from storage.options import Count, Options
@@ -222,13 +223,18 @@ def load_policy(folder: str | Path, config: PolicyConfig, trainable: bool = True
 
 def export(policy: Policy, source: Path, folder: Path) -> None:
     """Write a standard Hugging Face folder in bf16, which from_pretrained and vLLM can load;
-    `source` is the folder that the model came from. Collective."""
+    `source` is the folder that the model came from. Collective. Raises WriteError."""
     weights = {}
     for name, tensor in policy.full_weights(torch.bfloat16):
         if parallel.rank() == 0:
             weights[name] = tensor.cpu().contiguous()
-    if parallel.rank() == 0:
+
+    def write() -> None:
         with fresh_folder(folder) as temporary:
-            save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-            copy_settings(source, temporary, type(policy.model).__name__)
-    parallel.barrier()
+            try:
+                save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(str(error)) from None
+            write_settings(source, temporary, type(policy.model).__name__)
+
+    parallel.write_on_rank_0(folder, write)

@@ -163,10 +163,8 @@ class Kills:
             runs = [RunFolder(f / "runs" / "tiny") for f in (whole, killed)]
             again = Counter(stage.judge.answered)
             twice = sum(count - 1 for count in again.values())
-            kept = [Counter(r.key + (r.cycle,) for r in run.all_rollouts()) for run in runs]
-            print(
-                f"judged twice {twice}; in flight when killed {at_risk}; slowest end {slowest:.1f} s"
-            )
+            kept = [Counter((r.cycle, *r.key) for r in run.all_rollouts()) for run in runs]
+            print(f"judged twice {twice}; in flight when killed {at_risk}; slowest {slowest:.1f} s")
             same = last_weights(runs[0]) == last_weights(runs[1])
             finish({
                 "weights are those of the undisturbed run": same,
@@ -322,12 +320,10 @@ class Fuzz:
 
         def options(rng: random.Random) -> None:
             values = ("0", "-1", "nan", "inf", "1e400", "x", "", "None", "999999999999", "0.5")
-            fields = [
-                f.name for f in dataclasses.fields(Config) if f.name not in ("name", "preset")
-            ]
-            nested = ["grpo.lr", "sft.batch", "sampling.top_k", "sampling.top_p", "client.deadline",
-                      "policy.head_tokens", "reward.gamma", "engine.kv_cache_gb",
-                      "endpoint.request", "endpoint.base_url", "sft.warmup"]  # fmt: skip
+            names = {f.name for f in dataclasses.fields(Config)} - {"name", "preset"}
+            nested = """grpo.lr sft.batch sampling.top_k sampling.top_p client.deadline sft.warmup
+                policy.head_tokens reward.gamma engine.kv_cache_gb endpoint.request
+                endpoint.base_url""".split()
             spoilt = [
                 f"--{rng.choice(sorted(names) + nested)}",
                 rng.choice(values),

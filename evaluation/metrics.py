@@ -81,18 +81,6 @@ def best_constant(judge: Sequence[Scores], gamma: float = reward.RewardConfig.ga
         best = better
 
 
-def shuffled_calibration(
-    valid: Sequence[tuple[Scores, Scores]], gamma: float = reward.RewardConfig.gamma
-) -> float | None:
-    """Mean calibration of each response's self-scores against every other response's judge scores:
-    what the scores are worth if they knew nothing of their own response. None below two."""
-    n = len(valid)
-    if n < 2:
-        return None
-    pairs = ((s, j) for a, (s, _) in enumerate(valid) for b, (_, j) in enumerate(valid) if a != b)
-    return math.fsum(reward.calibration(s, j, gamma) for s, j in pairs) / (n * (n - 1))
-
-
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Pearson's; None where one of the two does not vary."""
     x, y = np.asarray(x, float), np.asarray(y, float)
@@ -111,12 +99,6 @@ def top_k_hits(logp: np.ndarray, judge: np.ndarray, k: int = 5) -> np.ndarray:
     own = np.take_along_axis(logp, digit, axis=-1)
     before = (logp > own) | ((logp == own) & (np.arange(10) < digit))
     return before.sum(-1) < k
-
-
-def top_k_accuracy(logp: np.ndarray, judge: np.ndarray, k: int = 5) -> float | None:
-    """Mean of `top_k_hits`; None without responses."""
-    hits = top_k_hits(logp, judge, k)
-    return float(hits.mean()) if hits.size else None
 
 
 def frequent_digits(judge: Sequence[Scores], k: int = 5) -> list[list[int]]:

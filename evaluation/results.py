@@ -237,15 +237,19 @@ def load_evaluation(path: Path) -> Evaluation:
     """Raises ValueError for a folder without results."""
     folder = EvaluationFolder(path)
     cells = {key: _load_cell(*key, cell) for key, cell in folder.cells().items()}
+    if not cells and RunFolder(path).window_file.exists():
+        raise ValueError(
+            f"{path} is a run; give it to --runs, and results/NAME of evaluate.py here"
+        )
     if not cells:
         raise ValueError(f"{path}: no results of evaluate.py there; give results/NAME")
     first = next(iter(cells.values()))
     run = first.config.get("training_run", first.config.get("window"))  # "window": its older name
-    rollouts = RunFolder(Path(run)).first_cycle() if run else []
-    if run and not rollouts:
+    if run and not RunFolder(Path(run)).rollouts(1).exists():
         raise ValueError(
             f"{run}: the training window's rollouts are not there; run this where evaluate.py ran"
         )
+    rollouts = RunFolder(Path(run)).first_cycle() if run else []  # [] if all were malformed
     lines = read_newest(folder.window_scores_file)
     base = {x["answer_id"]: tuple(x["scores"]) for x in lines if x["scores"]}
     stronger = {

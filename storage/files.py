@@ -10,13 +10,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+class FileError(ValueError):
+    """A file that cannot be used; the message names it, the line if there is one, and a remedy."""
+
+
 class WriteError(OSError):
     """A file that could not be written. Nothing of it is left behind; the message says what to
     do."""
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Errors of the operating system as one sentence."""
     try:
         yield
@@ -34,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
     WriteError, and the old file stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with _writing(path):
+        with writing(path):
             with open(temporary, "w", encoding="utf-8") as f:
                 f.write(text)
                 f.flush()
@@ -63,13 +67,27 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with _writing(folder):
+        with writing(folder):
             temporary.mkdir(parents=True)
             yield temporary
             shutil.rmtree(folder, ignore_errors=True)
             publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path, kind: type = dict):
+    """The JSON object (or, with `kind` list, list) of a small file. Raises FileError."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FileError(
+            f"{path}: cannot be read as JSON ({error}); restore it, or fetch or make it again"
+        ) from None
+    if not isinstance(content, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise FileError(f"{path}: expected {expected}; restore it, or fetch or make it again")
+    return content
 
 
 def read_lines(
@@ -79,7 +97,7 @@ def read_lines(
     before which there are `number` lines. A last line without a newline, which is being written or
     was cut short by a kill, is left out.
 
-    Raises ValueError with file and line for a line that is not a JSON object; `what` names in the
+    Raises FileError with file and line for a line that is not a JSON object; `what` names in the
     message what was expected.
     """
     with open(path, "rb") as f:
@@ -92,8 +110,8 @@ def read_lines(
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
-            except ValueError as error:
-                raise ValueError(
+            except (ValueError, RecursionError) as error:
+                raise FileError(
                     f"{path}:{number}: not {what} ({error}); restore the file, or delete this "
                     "line: its content is then computed or requested again"
                 ) from None
@@ -106,7 +124,7 @@ def append_line(path: Path, row: dict) -> None:
     file is as it was."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
     data = memoryview(line.encode(errors="backslashreplace"))  # a lone surrogate as JSON escapes it
-    with _writing(path), open(path, "a+b", buffering=0) as f:
+    with writing(path), open(path, "a+b", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         _drop_torn(path, f)
         end = f.seek(0, os.SEEK_END)

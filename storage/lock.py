@@ -24,7 +24,8 @@ def locked(folder: Path) -> Iterator[None]:
         f.truncate(0)
         holder = {
             "host": socket.gethostname(),
-            "process": os.getpid(),
+            # What to end: torchrun, which ends its workers, or this process alone.
+            "process": os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
         }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from storage.files import drop_torn_line, write_text
+from storage.files import drop_torn_line, read_json, write_text
 from storage.run_folder import Folder, RunFolder
 
 
@@ -95,7 +95,7 @@ def open_folder(folder: Folder, config: object, model: Path, ranks: int) -> None
     lines of JSONL files, left by a kill. Rank 0 only."""
     folder.path.mkdir(parents=True, exist_ok=True)
     write_text(folder.config_file, json.dumps(dataclasses.asdict(config), indent=2))
-    launches = json.loads(folder.env_file.read_text()) if folder.env_file.exists() else []
+    launches = read_json(folder.env_file, list) if folder.env_file.exists() else []
     launch = environment(ranks) | {"command": sys.argv, "model": str(model)}
     write_text(folder.env_file, json.dumps([*launches, launch], indent=2))
     for path in folder.path.rglob("*.jsonl"):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from prompts import OPEN
-from storage.files import append_line
+from storage.files import FileError, append_line
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
     """All rollouts of a file; of several with the same key the last one. An incomplete last line is
     left out with a warning.
 
-    Raises ValueError with file and line for any other line that is not a rollout.
+    Raises FileError with file and line for any other line that is not a rollout.
     """
     if not path.exists():
         return []
@@ -87,8 +87,8 @@ def read_rollouts(path: Path) -> list[Rollout]:
             continue
         try:
             rollout = rollout_from_row(json.loads(line))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise FileError(
                 f"{path}:{number}: not a rollout ({error}); remove the line or the file"
             ) from error
         rollouts.pop(rollout.key, None)  # so that a rewritten rollout moves to the end

@@ -3,12 +3,13 @@
 runs/NAME/                        RunFolder
     config.json  env.json         the options; commit, versions and devices of each launch
     window.json                   ids of the training prompts
-    lock.json                     the launch that is at work here (storage/lock.py)
+    lock.json                     the launch at work here, or the last one (storage/lock.py)
     metrics.jsonl                 one line per RL step, SFT update and cycle
     rollouts/cycle_NN.jsonl       every response with its self-scores and the judge's scores
     judge_cache.jsonl             every request to the judge (judging/ledger.py)
     checkpoints/cycle_NN/         Hugging Face folders in bf16; within phase 1 cycle_NN_step_NNNNN
-    state/                        fp32 shards to resume from (backend/parallel.py)
+    state/                        fp32 shards to resume from, and where.json
+    wandb_id.txt                  the Weights & Biases run
 results/NAME/                     EvaluationFolder
     models.json                   the models in the order of their first evaluation, base first
     window.jsonl                  the base's self-scores for the training window's answers
@@ -28,7 +29,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.files import read_lines, write_text
+from storage.files import read_json, read_lines, write_text
 from storage.record import Rollout, read_rollouts
 
 
@@ -51,7 +52,7 @@ class Folder:
         return self.path / "judge_cache.jsonl"
 
     def config(self) -> dict:
-        return json.loads(self.config_file.read_text())
+        return read_json(self.config_file)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -105,7 +106,7 @@ class RunFolder(Folder):
         return [r for r in read_rollouts(self.rollouts(1)) if r.judge_scores is not None]
 
     def window_ids(self) -> list[str]:
-        return json.loads(self.window_file.read_text())
+        return read_json(self.window_file, list)
 
     def metrics(self) -> list[dict]:
         if not self.metrics_file.exists():
@@ -177,12 +178,14 @@ class CellFolder(Folder):
         return {path.stem.removeprefix("scores_"): path for path in paths}
 
     def summary(self) -> dict:
-        return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else {}
+        return read_json(self.summary_file) if self.summary_file.exists() else {}
 
     def answers(self) -> list[Rollout]:
         """The rollouts of the newest weights, one per sample, ordered by key and not by the time at
         which they finished."""
         rows = read_rollouts(self.rollouts_file)
+        if not rows:
+            return []
         newest = [r for r in rows if r.weight_version == rows[-1].weight_version]
         by_sample = {(r.prompt_id, r.sample): r for r in newest}
         return sorted(by_sample.values(), key=lambda r: r.key)
@@ -213,7 +216,9 @@ class EvaluationFolder:
     def cells(self) -> dict[tuple[str, str], CellFolder]:
         """Cells by (benchmark, model). Models are in the order of models.json, and benchmarks of a
         model by name."""
-        order = json.loads(self.models_file.read_text()) if self.models_file.exists() else []
+        if RunFolder(self.path).window_file.exists():
+            return {}  # a run, whose checkpoints have a config.json too
+        order = read_json(self.models_file, list) if self.models_file.exists() else []
 
         def sort_key(path: Path) -> tuple[int, Path]:
             return (order.index(path.name) if path.name in order else len(order)), path

@@ -1,16 +1,16 @@
 """Metrics by hand: .venv/bin/python -m pytest tests/test_metrics.py"""
 
+import numpy as np
 import pytest
 
+from evaluation.controls import shuffled
 from evaluation.metrics import (
     best_constant,
     correlation,
     frequent_digits,
     render,
     share_among,
-    shuffled_calibration,
     summarise,
-    top_k_accuracy,
     top_k_hits,
 )
 
@@ -64,11 +64,18 @@ def test_the_best_constant_by_hand():
 
 def test_shuffled_scores_by_hand():
     a, b = (9, 9, 9, 9, 9), (0, 0, 0, 0, 0)
+
+    def shuffled_calibration(*pairs):
+        """Of (self-scores, judge's scores), each of a prompt of its own."""
+        s, j = zip(*pairs, strict=True)
+        prompts = [str(k) for k in range(len(pairs))]
+        return shuffled(s, j, prompts).across(np.arange(len(pairs)))
+
     # Each right for itself (calibration 1), wholly wrong for the other (0).
-    assert shuffled_calibration([(a, a), (b, b)]) == 0
-    assert shuffled_calibration([(a, a), (a, a)]) == 1
-    assert shuffled_calibration([(a, b), (b, a)]) == 1
-    assert shuffled_calibration([(a, a)]) is None
+    assert shuffled_calibration((a, a), (b, b)) == 0
+    assert shuffled_calibration((a, a), (a, a)) == 1
+    assert shuffled_calibration((a, b), (b, a)) == 1
+    assert shuffled_calibration((a, a)) is None
 
 
 def test_correlation_has_its_sign_and_may_be_missing():
@@ -81,11 +88,11 @@ def test_top_k_by_hand():
     """Ranks 0, 4, 5, 9, 0; of equally probable digits the smaller ones are first."""
     falling = [-float(d) for d in range(10)]
     rows = [falling] * 5
-    assert top_k_accuracy([rows], [(0, 4, 5, 9, 0)]) == pytest.approx(3 / 5)
-    assert top_k_accuracy([rows], [(0, 4, 5, 9, 0)], k=1) == pytest.approx(2 / 5)
+    assert top_k_hits([rows], [(0, 4, 5, 9, 0)]).mean() == pytest.approx(3 / 5)
+    assert top_k_hits([rows], [(0, 4, 5, 9, 0)], k=1).mean() == pytest.approx(2 / 5)
     tied = [[0.0] * 10] * 5
-    assert top_k_accuracy([tied], [(4, 5, 4, 9, 0)]) == pytest.approx(3 / 5)
-    assert top_k_accuracy([], []) is None
+    assert top_k_hits([tied], [(4, 5, 4, 9, 0)]).mean() == pytest.approx(3 / 5)
+    assert top_k_hits([], []).size == 0
     assert top_k_hits([rows, tied], [(0, 4, 5, 9, 0), (4, 5, 4, 9, 0)]).tolist() == [
         [True, True, False, False, True], [True, False, True, False, True]
     ]  # fmt: skip
