@@ -52,14 +52,16 @@ SHOWN = {
 
 
 def command(title: str, *words: object, log: object = None) -> None:
-    """Run one of the project's commands and say how long it took."""
+    """Run one of the project's commands and say how long it took. SystemExit if it fails."""
     print(f"\n== {title}", flush=True)
     started = time.perf_counter()
     script, *options = map(str, words)
     program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, *program, *options], check=True, stdout=log,
-                   env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    done = subprocess.run([sys.executable, *program, *options], stdout=log,
+                          env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"error: {script} ended with {done.returncode}; see its message above")
     print(f"== {title}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -168,7 +170,9 @@ def many_seeds(seeds: Sequence[int]) -> None:
         with open(log_file, "a") as log:
             line = [sys.executable, "-m", "miniature.demo", "--seed", str(seed)]
             one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(line, check=True, stdout=log, stderr=log, env=one_thread)
+            done = subprocess.run(line, stdout=log, stderr=log, env=one_thread)
+        if done.returncode:
+            raise SystemExit(f"error: seed {seed} failed; {log_file} says why")
         print(f"seed {seed} is done ({log_file})", flush=True)
 
     with ThreadPoolExecutor(2) as pool:
@@ -187,6 +191,8 @@ def main(seed: int = 0, seeds: tuple[int, ...] = ()) -> None:
         seed: of the world's prompts, the base model and both runs.
         seeds: several, for a table with intervals over them (2 at least).
     """
+    if len(seeds) == 1:
+        raise SystemExit("error: --seeds takes two seeds at least; for one, --seed")
     many_seeds(seeds) if seeds else one_seed(seed)
 
 

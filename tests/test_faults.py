@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fake_judge import Reply
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import cycle
 import prompts
 import sft_masked
 from backend import parallel
@@ -27,13 +29,14 @@ from backend.footprint import container_limit
 from backend.model_folder import attention_window, check_model_folder, check_weights, load_tokenizer
 from backend.packing import share_out
 from backend.policy import PolicyConfig, export, load_policy
+from config import PRESETS
 from grpo import GRPOConfig, make_optimizer, reference_logps, response_row, rl_step
 from judging.ledger import Ledger
 from storage import files
 from storage.data import DataError, load_prompts
 from storage.files import WriteError, append_line, write_text
 from storage.lock import locked
-from storage.logbook import environment
+from storage.logbook import Clock, environment
 from storage.run_folder import RunFolder
 
 FP32 = PolicyConfig("float32")
@@ -398,9 +401,8 @@ def test_an_export_keeps_its_sources_settings(folder, tmp_path):
 
 def test_the_newest_checkpoints_are_kept_from_cycle_100_on(tmp_path):
     run = RunFolder(tmp_path)
-    for cycle in (2, 99, 100, 101):
-        run.checkpoint(cycle).mkdir(parents=True)
-        run.rollouts(cycle).parent.mkdir(exist_ok=True)
+    for number in (2, 99, 100, 101):
+        run.checkpoint(number).mkdir(parents=True)
     assert run.checkpoints()[-2:] == [run.checkpoint(100), run.checkpoint(101)]
 
 
@@ -492,6 +494,49 @@ def test_a_restart_by_torchrun_ends_at_once_with_a_remedy(tmp_path, parrot_folde
     shown = rank.communicate(timeout=60)[0]
     assert rank.returncode and "run the same command again without it" in shown
     assert "Traceback" not in shown
+
+
+def test_wandb_gets_a_replayed_step_under_its_own_number(tmp_path):
+    """So that wandb, which drops a step that it has, shows it once."""
+    logged = []
+    run = object.__new__(cycle.Run)
+    run.folder, run.config, run.clock, run.logged = (
+        RunFolder(tmp_path),
+        PRESETS["small"],
+        Clock(),
+        0,
+    )
+    run.wandb = SimpleNamespace(log=lambda line, step: logged.append((step, line["step"])))
+    for step in (1, 2, 3):
+        run._log(1, "rl", step, {})
+    run.folder.keep_metrics_until(1, 1)  # killed; the state is that after step 1
+    run.logged = len(run.folder.metrics())
+    for step in (2, 3, 4):
+        run._log(1, "rl", step, {})
+    assert logged == [(0, 1), (1, 2), (2, 3), (1, 2), (2, 3), (3, 4)]
+
+
+def test_a_damaged_state_is_named(tmp_path, random_folder):
+    policy = load_policy(random_folder("qwen3"), FP32)
+    tensors = {name: p.detach() for name, p in policy.named_parameters()}
+    parallel.save_state(tmp_path / "state_1", tensors, {"step": 1})
+    parallel.load_state(tmp_path / "state_1", tensors)
+    for path in (tmp_path / "state_1").glob("*.distcp"):
+        path.unlink()
+    with pytest.raises(files.FileError, match="state_1: this state cannot be read .* delete"):
+        parallel.load_state(tmp_path / "state_1", tensors)
+
+
+@pytest.mark.parametrize("name", ["config.json", "window.json", "env.json", "metrics.jsonl"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, parrot_folder, prompt_file, name):
+    args = small_args(parrot_folder, prompt_file, cycles=1)
+    finish(start_ranks(1, args, tmp_path))
+    path = tmp_path / "runs" / "tiny" / name
+    path.write_text("{\n")
+    [again] = start_ranks(1, [*args, "--cycles", "2"], tmp_path)
+    shown = again.communicate(timeout=120)[0]
+    assert again.returncode == 1 and "Traceback" not in shown, shown[-2000:]
+    assert f"error: runs/tiny/{name}" in shown and path.read_text() == "{\n"
 
 
 def test_no_git_is_no_obstacle(monkeypatch):

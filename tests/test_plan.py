@@ -175,6 +175,15 @@ NO_RANGE = {
 }  # fmt: skip
 
 
+def test_messages_name_options_as_the_command_line_does():
+    nested = {f.name: f.default_factory for f in dataclasses.fields(Config)
+              if dataclasses.is_dataclass(f.default_factory)}  # fmt: skip
+    assert len(nested) == 8
+    assert {name: options.prefix for name, options in nested.items()} == {
+        n: f"{n}." for n in nested
+    }
+
+
 @pytest.mark.parametrize("options", NO_RANGE)
 def test_every_number_among_the_options_has_a_range(options):
     hints = get_type_hints(options, include_extras=True)

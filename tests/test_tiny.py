@@ -16,8 +16,10 @@ from backend.policy import load_model
 from backend.sampler import SamplingParams, make_sampler
 from config import CellConfig
 from evaluation.digits import Reader
+from evaluation.figures import costs
 from judge import offline_judge
 from miniature import base_model, demo, world
+from storage.run_folder import EvaluationFolder, RunFolder
 
 SMALL = base_model.Recipe(steps=12, prompts=(60, 10, 20))
 
@@ -168,13 +170,12 @@ def test_the_base_model_is_made_once_and_the_same_again(tmp_path, monkeypatch, c
     assert len((folder / "test.jsonl").read_text().splitlines()) == 20
 
 
-def test_the_demo_from_checkpoints_to_figure(tmp_path, monkeypatch):
+def test_the_demo_from_checkpoints_to_table_and_figure(tmp_path, monkeypatch, capsys):
     """A base that has learnt little, two small runs, two ranks for one of them; the demo's own
-    evaluation, table and figure, and the log-probabilities behind top-5."""
+    evaluation, report, table and figure, and the log-probabilities behind top-5."""
     monkeypatch.chdir(tmp_path)
-    base = base_model.main(
-        base_model.Recipe(steps=500, stages=(0.1, 0.8, 0.1), prompts=(60, 10, 20))
-    )
+    recipe = base_model.Recipe(steps=500, stages=(0.1, 0.8, 0.1), prompts=(60, 10, 20))
+    base = base_model.main(recipe)
     common = ["--model", str(base), "--data", str(base / "train.jsonl"), "--window", "16"]
     small = ["--batch", "8", "--rl_steps", "2", "--sft.max_samples", "64"]
     cycle = str(ROOT / "cycle.py")
@@ -183,40 +184,50 @@ def test_the_demo_from_checkpoints_to_figure(tmp_path, monkeypatch):
     finish(start_ranks(2, [cycle, *see, *common, *small], tmp_path))
     finish(start_ranks(1, [cycle, *rlcr, *common, *small], tmp_path))
 
-    split = base / "test.jsonl"
-    runs = {
-        "SEE": demo.points(Path("runs/demo/see-0"), base, split),
-        "Adapted RLCR": demo.points(Path("runs/demo/rlcr-0"), base, split),
-    }
-    assert [p.passes for p in runs["SEE"]] == [0, 16, 32]
-    assert [p.passes for p in runs["Adapted RLCR"]] == [0, 8, 16]
-    assert [p.unique for p in runs["SEE"]] == [0, 16, 16]
-    assert runs["Adapted RLCR"][-1].updates == 2 < runs["SEE"][1].updates
-    assert 0 < runs["SEE"][1].calls <= 16 * 8 and runs["SEE"][1].calls < runs["SEE"][2].calls
-    for found in runs.values():
-        assert all(len(p.answers) == 20 for p in found)
+    runs = [RunFolder(Path(f"runs/demo/{name}-0")) for name in ("see", "rlcr")]
+    results, out = Path("results/demo/0"), Path("report/demo-0")
+    demo.evaluate(base, *runs, results)
+    demo.report([results], out, runs[0])
+    see_costs, rlcr_costs = (list(costs(run.checkpoints()).values()) for run in runs)
+    assert [c.sample_passes for c in see_costs] == [16, 32]
+    assert [c.sample_passes for c in rlcr_costs] == [8, 16]
+    assert [c.unique_prompts for c in see_costs] == [16, 16]
+    assert rlcr_costs[-1].optimiser_steps == 2 < see_costs[0].optimiser_steps
+    calls = [c.judge_calls for c in see_costs]
+    assert 0 < calls[0] <= 16 * 8 and calls[0] < calls[1]
+    cells = EvaluationFolder(results).cells()
+    assert [model for _, model in cells] == ["base", "rlcr", "see", "see_cycle_01",
+                                             "rlcr_cycle_01_step_00001"]  # fmt: skip
+    assert all(len(cell.answers()) == 20 for cell in cells.values())
+    assert (out / "figure2.png").stat().st_size > 20_000
 
-    point = runs["SEE"][-1]
-    shown = demo.figures(point)
-    assert shown["well-formed"] > 0.3 and 0 <= shown["top-5"] <= 1
-    assert "calibration" in demo.table({"base": shown, "SEE": shown})
-    demo.figure_2(runs, tmp_path / "f.png")
-    assert (tmp_path / "f.png").stat().st_size > 20_000
+    shown = demo.table(out)
+    rows = {line[:28].strip(): line[28:].split() for line in shown.splitlines()}
+    assert rows[""] == ["base", "rlcr", "see"] and len(rows) == 1 + len(demo.SHOWN)
+    answers = cells["test", "see"].answers()
+    well_formed = sum(r.self_scores is not None for r in answers) / 20
+    assert rows["well-formed"][-3] == f"{well_formed:.3f}" and well_formed > 0.3
+    assert 0 <= float(rows["top-5"][-3]) <= 1
+    assert demo.some_rollouts(runs[0]).count("judge") == 2 * 6 // 2
 
-    [r, *_] = [r for r in point.answers if r.score_positions]
-    [rows] = Reader(point.checkpoint, "float32").own([r])
-    model, tokenizer = load_model(point.checkpoint, torch.float32), load_tokenizer(base)
+    [r, *_] = [r for r in answers if r.score_positions]
+    checkpoint = runs[0].checkpoints()[-1]
+    [digits_of_r] = Reader(checkpoint, "float32").own([r])
+    model, tokenizer = load_model(checkpoint, torch.float32), load_tokenizer(base)
     at = len(r.prompt_ids) + r.score_positions[2]  # coherence
     before = torch.tensor([[*r.prompt_ids, *r.response_ids][:at]])
     with torch.no_grad():
         logp = model(before).logits[0, -1].log_softmax(-1)
     digits = [tokenizer.convert_tokens_to_ids(str(d)) for d in range(10)]
-    torch.testing.assert_close(torch.tensor(rows[2]), logp[digits], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(digits_of_r[2]), logp[digits], rtol=1e-4, atol=1e-5)
 
 
-def test_intervals_over_seeds_by_hand():
-    # Mean 2, standard deviation 1, t(2) = 4.303: 4.303 / sqrt(3).
-    assert demo.interval([1, 2, 3]) == "2.000 ± 2.484"
+def test_a_failing_command_of_the_demo_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="error: cycle.py ended with 1; see its message above"):
+        demo.command("a step", "cycle.py", "--data", "nowhere", "--model", "nowhere")
+    with pytest.raises(SystemExit, match="two seeds at least"):
+        demo.main(seeds=(1,))
 
 
 def test_evaluation_takes_the_rubric(tmp_path, monkeypatch):
