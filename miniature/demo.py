@@ -118,10 +118,12 @@ def evaluate(base: Path, see: RunFolder, rlcr: RunFolder, results: Path) -> None
     command(
         "4 of 4, evaluation: every checkpoint on 512 test prompts (about a minute)",
         "evaluate.py", "--models", *last, *earlier, *options, "--stages", "answers",
+        log=subprocess.DEVNULL,
     )  # fmt: skip
     command(
         "the digits that the last checkpoints find most probable",
         "evaluate.py", "--models", *last, *options, "--stages", "digits",
+        log=subprocess.DEVNULL,
     )  # fmt: skip
 
 
