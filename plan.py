@@ -57,7 +57,7 @@ def read_inputs(config: CommonConfig) -> Inputs:
     """Check the model folder and its tokenizer; read and tokenise the prompts. `config` is cycle's
     or an evaluation cell's. A hub model's weights are not fetched yet. Raises ValueError."""
     model = model_folder(config.model)
-    check_model_folder(model, config.longest_row)
+    check_model_folder(model, config.longest_row, config.sampler)
     prompts = load_prompts(data_file(config.data))
     tokenizer = load_tokenizer(model)
     size = model_size(model)

@@ -137,7 +137,7 @@ def main(folder: str, out: str) -> None:
         engine.abort_request(["x"])
 
         # Sleep and wake up: on CPU the same calls, which free nothing.
-        sampler.sleep = True
+        sampler.sleeps = True
         sampler.sleep()
         sampler.load_weights(policy, "c1s5")
         said["gap_after_sleep"] = sample()[1]

@@ -321,6 +321,13 @@ def test_models_that_would_be_wrong_are_refused(folder, changes, says):
         check_model_folder(folder.path, 600)
 
 
+def test_a_type_that_vllm_cannot_sample_here_names_the_other_sampler(folder):
+    folder.config(model_type="olmo2")
+    check_model_folder(folder.path, 600, "transformers")
+    with pytest.raises(ValueError, match="'olmo2' cannot be sampled by vLLM .*--sampler transf"):
+        check_model_folder(folder.path, 600, "vllm")
+
+
 def test_a_window_as_long_as_the_rows_changes_nothing(folder):
     folder.config(model_type="mistral", sliding_window=600)
     check_model_folder(folder.path, 600)

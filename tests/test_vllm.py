@@ -38,7 +38,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     ("kind", "tied", "ranks"),
-    [("llama", True, 1), ("llama", False, 2), ("qwen3", True, 2), ("qwen3", False, 1)],
+    [
+        ("llama", True, 1),
+        ("llama", False, 2),
+        ("qwen3", True, 2),
+        ("qwen3", False, 1),
+        ("mistral", False, 1),
+        ("phi3", False, 1),
+    ],  # fmt: skip
 )
 def test_the_engine_samples_with_the_policys_weights(tmp_path, random_folder, kind, tied, ranks):
     script = [str(ROOT / "tests" / "engine_rank.py"), str(random_folder(kind, tied))]
