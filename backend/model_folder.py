@@ -18,7 +18,7 @@ from storage.files import read_json
 # Dense, logits = head(norm(hidden)) without scaling, rotary positions: what packing.py computes and
 # what the tests hold against plain forward passes, type by type.
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "olmo3", "smollm3", "phi3")
-# vLLM 0.32 samples these through transformers' own classes, which it patches in this process, so that
+# vLLM 0.32 samples these through transformers' own classes, which it patches in this process: then
 # the policy cannot be loaded beside the engine.
 NOT_WITH_VLLM = ("olmo2", "olmo3", "smollm3")
 # Positions decide the rotation and nothing else does; "dynamic" and "longrope" depend on the length
@@ -34,8 +34,8 @@ COPIED = ("generation_config.json", "tokenizer*", "vocab.json", "merges.txt",
 
 
 def check_model_folder(folder: str | Path, longest: int, sampler: str = "transformers") -> None:
-    """Raise ValueError if the model cannot be used for rows of `longest` tokens or with the sampler.
-    Weights are not read."""
+    """Raise ValueError if the model cannot be used for rows of `longest` tokens or with the
+    sampler. Weights are not read."""
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -55,8 +55,8 @@ def check_model_folder(folder: str | Path, longest: int, sampler: str = "transfo
         )
     if sampler == "vllm" and config["model_type"] in NOT_WITH_VLLM:
         raise ValueError(
-            f"model {folder}: type {config['model_type']!r} cannot be sampled by vLLM in the process "
-            "that trains it; give --sampler transformers"
+            f"model {folder}: type {config['model_type']!r} cannot be sampled by vLLM in the "
+            "process that trains it; give --sampler transformers"
         )
     if config.get("quantization_config"):
         raise ValueError(
