@@ -122,7 +122,9 @@ class Kills:
 
     def run(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            stage = Stage(Path(folder), self.share, delay=0.05, cycles=8, save_every=1)
+            # Drawn from all tokens, answers differ, so that the judge has much to do.
+            drawn = {"sampling.temperature": 1.2, "sampling.top_k": 0, "sampling.top_p": 1.0}
+            stage = Stage(Path(folder), self.share, delay=0.3, cycles=8, save_every=1, **drawn)
             whole, killed = Path(folder) / "whole", Path(folder) / "killed"
             began = time.monotonic()
             assert stage.launch(whole).wait() == 0, (whole / "launch.txt").read_text()

@@ -34,6 +34,7 @@ def progress(
     if sys.stderr.isatty():
         style = {}
     else:
-        style = {"file": _Lines(), "bar_format": LINE, "mininterval": SECONDS, "delay": SECONDS}
+        style = {"file": _Lines(), "bar_format": LINE, "delay": SECONDS}
+        style |= {"mininterval": SECONDS, "maxinterval": SECONDS}
     disable = rank != 0 or total == 0
     return tqdm(items, desc=desc, total=total, leave=leave, disable=disable, **style)
