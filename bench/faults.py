@@ -56,7 +56,8 @@ class Stage:
         self.folder, self.judge = folder, FakeJudge()
         make_parrot(folder / "model", make_tokenizer())
         data = folder / "prompts.jsonl"
-        data.write_text("".join(json.dumps({"prompt": r}) + "\n" for r in REQUESTS))
+        prompts = [f"{request} {k}" for request in REQUESTS for k in range(5)]
+        data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
         rng = random.Random(0)
         faults = [reply for _, reply in FAULTS if reply.delay < 1 and not reply.trickle]
         self.judge.fault = lambda: rng.choice(faults) if rng.random() < fail_share else None
@@ -122,9 +123,8 @@ class Kills:
 
     def run(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            # Drawn from all tokens, answers differ, so that the judge has much to do.
-            drawn = {"sampling.temperature": 1.2, "sampling.top_k": 0, "sampling.top_p": 1.0}
-            stage = Stage(Path(folder), self.share, delay=0.3, cycles=8, save_every=1, **drawn)
+            stage = Stage(Path(folder), self.share, 0.3, cycles=12, window=48, batch=12, rl_steps=4,
+                          save_every=1)  # fmt: skip
             whole, killed = Path(folder) / "whole", Path(folder) / "killed"
             began = time.monotonic()
             assert stage.launch(whole).wait() == 0, (whole / "launch.txt").read_text()
