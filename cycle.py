@@ -66,10 +66,11 @@ def main(config: Config | None = None) -> None:
         setup = prepare(config)
     except ValueError as error:
         raise SystemExit(f"error: {error}" if first else 1) from None
+    watcher = parallel.Watcher()
     with parallel.process_group(), parallel.alone_in(setup.folder.path):
         try:
             with closing(Run(config, setup)) as run:
-                parallel.end_with_launcher(before_exit=run.collector.stop)
+                watcher.before_exit = run.collector.stop
                 run.train()
         except parallel.NonFiniteError as error:  # the same on all ranks
             raise SystemExit(f"error: {run.where}: {error}" if first else 1) from None

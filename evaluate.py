@@ -155,7 +155,9 @@ def hand_over(sampler, cell: CellConfig, inputs: Inputs) -> None:
         sampler.load_weights(policy, version)
 
 
-def answer_prompts(cell: CellConfig, inputs: Inputs, sampler) -> dict[str, Interval]:
+def answer_prompts(
+    cell: CellConfig, inputs: Inputs, sampler, watcher: parallel.Watcher | None = None
+) -> dict[str, Interval]:
     """Sample, judge and summarise; every rank returns the figures, rank 0 writes summary.json.
     Raises JudgeError."""
     folder, prompts = cell.folder, inputs.prompts
@@ -178,6 +180,8 @@ def answer_prompts(cell: CellConfig, inputs: Inputs, sampler) -> dict[str, Inter
         background=Background(),
         clock=Clock(),
     )
+    if watcher:
+        watcher.before_exit = collector.stop
     # A step is one sampler batch on every rank: what a kill can cost.
     size = max(1, cell.sample_rows // cell.samples) * ranks
     steps = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -221,6 +225,7 @@ def run(
     cells: dict[Key, CellConfig],
     inputs: dict[Key, Inputs],
     stronger: dict[str, dict[str, str]],
+    watcher: parallel.Watcher,
 ) -> None:
     """Raises JudgeError."""
     models = list(dict.fromkeys(model for model, _ in cells))
@@ -235,7 +240,7 @@ def run(
                     weights_id(inputs[key].model),
                 )  # fmt: skip
                 hand_over(sampler, cell, inputs[key])
-                table = answer_prompts(cell, inputs[key], sampler)
+                table = answer_prompts(cell, inputs[key], sampler, watcher)
                 parallel.print0(f"\n{cell.name}, judge {cell.judge}\n{render(table)}")
             sampler.sleep()
         if {"digits", "sensitivity"} & set(config.stages):
@@ -318,9 +323,10 @@ def main() -> None:
                 check_judge(stages.held_out(cell, name))
     except ValueError as error:
         raise SystemExit(f"error: {error}" if parallel.rank() == 0 else 1) from None
+    watcher = parallel.Watcher()
     with parallel.process_group(), parallel.alone_in(config.folder.path):
         try:
-            run(config, cells, inputs, stronger)
+            run(config, cells, inputs, stronger, watcher)
         except (JudgeError, WriteError, FileError) as error:
             raise SystemExit(f"error: {error}") from None
 

@@ -75,32 +75,49 @@ def refuse_restart() -> None:
         )
 
 
-def end_with_launcher(before_exit: Callable[[], None]) -> None:
-    """From now on this process ends within seconds when its launcher is gone (kill -9 of torchrun
-    leaves its workers alone) or when it gets SIGTERM (torchrun passes it on and kills after 30 s),
-    also in the middle of a collective or of sampling. `before_exit` is called first, and should
-    take 20 s at most. Everything on file is whole at any moment, so there is nothing else to do."""
-    launcher = os.getppid()
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # Python's own; the next line is what acts
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+class Watcher:
+    """Ends this process within seconds when its launcher is gone (kill -9 of torchrun leaves its
+    workers alone) or when it gets SIGTERM (torchrun passes it on and kills after 30 s), also in the
+    middle of a collective or of sampling. Made by the main thread, before anything that can wait.
+    Everything on file is whole at any moment, so all there is to do is `before_exit`, which should
+    take 20 s at most."""
 
-    def watch() -> None:
-        reason = ""
-        while not reason:
-            ready, _, _ = select.select([reader], [], [], 1.0)
-            if ready and signal.SIGTERM in os.read(reader, 64):
-                reason = "it got SIGTERM"
-            elif os.getppid() != launcher:
-                reason = "its launcher is gone"
+    def __init__(self):
+        self.before_exit: Callable[[], None] = lambda: None
+        self._launcher = os.getppid()
+        self._signals, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # Python's own; the next line is what acts
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not (reason := self._reason_to_end()):
+            pass
         print(f"rank {rank()} ends: {reason}; the same command goes on from here", file=sys.stderr)
         try:
-            before_exit()
+            self.before_exit()
         finally:
             os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def _reason_to_end(self) -> str:
+        """ "" after a second in which there was none."""
+        if os.getppid() != self._launcher or self._started_alone():
+            return "its launcher is gone"
+        ready, _, _ = select.select([self._signals], [], [], 1.0)
+        terminated = ready and signal.SIGTERM in os.read(self._signals, 64)
+        return "it got SIGTERM" if terminated else ""
+
+    def _started_alone(self) -> bool:
+        """Torchrun was killed before this process came so far: now init is its parent."""
+        init = Path("/proc/1/cmdline")
+        started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        return (
+            started_by_torchrun
+            and self._launcher == 1
+            and init.exists()
+            and b"torch" not in init.read_bytes()
+        )
 
 
 def keep_freed_memory() -> None:
