@@ -113,8 +113,8 @@ def resolve(config: Config) -> Setup:
     check_same_config(folder, config, MAY_CHANGE)
     if folder.window_file.exists() and folder.window_ids() != [p.id for p in window]:
         raise ValueError(
-            f"{folder} holds a run on other prompts: {config.data} has changed; choose another "
-            "--name"
+            f"{folder.window_file} names other prompts than {config.data} gives now; restore the "
+            "prompt file that the run began with, or choose another --name"
         )
     return Setup(folder, window, inputs, model_size(inputs.model))
 

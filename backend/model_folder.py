@@ -185,7 +185,7 @@ def _meta_model(folder: str | Path):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except Exception as error:  # whatever a model class makes of a strange number
         text = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{Path(folder) / 'config.json'}: describes no model that transformers can build "
@@ -224,14 +224,22 @@ def model_size(folder: str | Path) -> Size:
 # Tokenizer, generation settings, export
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json")  # fmt: skip
+
+
 def load_tokenizer(folder: str | Path):
-    """Raises ValueError."""
+    """Raises ValueError, with the name of the file where it can be told."""
+    present = [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+    for name in present:
+        read_json(Path(folder) / name)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions
         text = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"model {folder}: its tokenizer files cannot be read ({text}); fetch them again"
+            f"model {folder}: {', '.join(present) or 'no tokenizer.json'} make no tokenizer "
+            f"({text}); fetch them again"
         ) from None
 
 

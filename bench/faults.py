@@ -281,7 +281,8 @@ class Fuzz:
                 state = {p: digest(p) for p in Path("runs").rglob("*") if p.is_file()}
                 outcome, text = self.outcome(work, rng)
                 changed = [str(p) for p, d in state.items() if not p.exists() or digest(p) != d]
-                if outcome == "error" and file and file.name not in text:
+                named = not file or file.name in text or str(file.parent) in text
+                if outcome == "error" and not named:
                     outcome = "file not named"
                 if changed:
                     outcome, text = "overwritten", ", ".join(changed)
@@ -292,8 +293,9 @@ class Fuzz:
                     file.write_bytes(original)
             for (name, outcome), count in sorted(counts.items()):
                 print(f"{count:6} {name:<28} {outcome}")
-            for example in broken[:10]:
-                print(*example, sep="\n    ")
+            shown = {(name, outcome): example for name, outcome, *example in broken}  # one of each
+            for key, example in shown.items():
+                print(*key, *example, sep="\n    ")
             finish({f"{sum(counts.values()):,} cases: one sentence or success": not broken})
 
     @staticmethod

@@ -290,8 +290,10 @@ def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
 def load_run(path: Path) -> Cell:
     """A run's training rollouts, as if they were a benchmark's. Raises ValueError."""
     run = RunFolder(path)
-    if not run.config_file.is_file() or not (rollouts := run.all_rollouts()):
+    if not run.config_file.is_file():
         raise ValueError(f"{path}: no run of cycle.py there; give runs/NAME")
+    if not (rollouts := run.all_rollouts()):
+        raise ValueError(f"{run.rollouts(1)}: no rollout there yet; let the run take a step")
     return Cell(TRAINING, path.name, run.config(), rollouts)
 
 

@@ -7,10 +7,11 @@ loses no judgement that was paid for.
 import hashlib
 import json
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
-from prompts import OPEN
+from prompts import OPEN, valid_scores
 from storage.files import FileError, append_line
 
 
@@ -47,6 +48,9 @@ class Rollout:
         return (self.step, self.prompt_id, self.sample)
 
 
+_TYPES = get_type_hints(Rollout)
+
+
 def answer_text(r: Rollout) -> str:
     """The answer; of a malformed response the text before its first [SELF_EVAL]."""
     return r.answer if r.answer is not None else r.text.partition(OPEN)[0].strip()
@@ -63,11 +67,24 @@ def append_rollout(path: Path, rollout: Rollout) -> None:
 
 
 def rollout_from_row(row: dict) -> Rollout:
-    """A rollout from a row of its file; unknown fields are ignored."""
-    names = {f.name for f in fields(Rollout)}
-    return Rollout(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in names}
-    )
+    """A rollout from its line; unknown fields are ignored. Raises TypeError or ValueError."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in _TYPES}
+    for name, value in values.items():
+        if not _has_type(value, _TYPES[name]):
+            raise ValueError(f"{name} is {value!r:.40}")
+    for scores in (values.get("self_scores"), values.get("judge_scores")):
+        if scores is not None and not valid_scores(scores):
+            raise ValueError(f"scores {scores} are not five integers 0-9")
+    return Rollout(**values)
+
+
+def _has_type(value: object, hint) -> bool:
+    """For the kinds of types that a Rollout has: int, float, str, tuple[x, ...], x | None."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_has_type(x, get_args(hint)[0]) for x in value)
+    if options := get_args(hint):
+        return any(_has_type(value, option) for option in options)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def read_rollouts(path: Path) -> list[Rollout]:

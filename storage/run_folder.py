@@ -29,7 +29,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.files import read_json, read_lines, write_text
+from storage.files import FileError, read_json, read_lines, write_text
 from storage.record import Rollout, read_rollouts
 
 
@@ -111,13 +111,29 @@ class RunFolder(Folder):
     def metrics(self) -> list[dict]:
         if not self.metrics_file.exists():
             return []
-        return [row for _, _, row in read_lines(self.metrics_file)]
+        lines = []
+        for number, _, row in read_lines(self.metrics_file, what="a line of metrics"):
+            if not _is_metrics(row):
+                raise FileError(
+                    f"{self.metrics_file}:{number}: not a line of metrics; restore the file, or "
+                    "delete this line"
+                )
+            lines.append(row)
+        return lines
 
     def keep_metrics_until(self, cycle: int, step: int) -> None:
         """Drop the lines that were written after the state (cycle, step): the continued run writes
         them again."""
         lines = [line for line in self.metrics() if not _after(line, cycle, step)]
         write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _is_metrics(row: dict) -> bool:
+    """Whether a line says when it was written, and has numbers where figures stand."""
+    figures = (value for name, value in row.items() if name not in ("seconds", "judge", "phase"))
+    numbers = all(x is None or type(x) in (int, float) for x in figures)
+    when = type(row.get("cycle")) is int and type(row.get("step", 0)) is int
+    return when and numbers and isinstance(row.get("phase"), str)
 
 
 def _after(line: dict, cycle: int, step: int | None) -> bool:
