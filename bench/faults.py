@@ -214,11 +214,12 @@ class Disks:
                 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs",
                                 mount / "runs"], check=True)  # fmt: skip
                 try:
-                    what, said = f"disk {n}", self.spoilt_run(stage, mount, n == self.trials, rng)
+                    what = f"disk {n}" if n < self.trials else "read-only disk"
+                    code, said = self.spoilt_run(stage, mount, n == self.trials, rng)
                     errors = re.findall(r"^error: .*$", said, re.MULTILINE)
-                    print(f"{what}: {errors}", flush=True)
-                    plain = "Traceback" not in before_torchrun(said)
-                    promises[f"{what}: one sentence"] = len(errors) == 1 and plain
+                    print(f"{what}: {errors or 'the run was quicker'}", flush=True)
+                    told = len(errors) == 1 and "Traceback" not in before_torchrun(said)
+                    promises[f"{what}: one sentence"] = told if code else not errors
                     self.remount(mount, "rw")
                     (mount / "runs" / "filler").unlink(missing_ok=True)
                     code = stage.launch(mount, 1).wait()
@@ -230,8 +231,10 @@ class Disks:
                     subprocess.run(["umount", "-l", mount / "runs"], check=True)
             finish(promises)
 
-    def spoilt_run(self, stage: Stage, mount: Path, read_only: bool, rng: random.Random) -> str:
-        """What a launch said whose disk is read-only, or fills up."""
+    def spoilt_run(
+        self, stage: Stage, mount: Path, read_only: bool, rng: random.Random
+    ) -> tuple[int, str]:
+        """Exit code and output of a launch whose disk is read-only, or fills up."""
         if read_only:
             self.remount(mount, "ro")
         launch = stage.launch(mount, 1)
@@ -242,8 +245,7 @@ class Disks:
             free = shutil.disk_usage(mount / "runs").free - rng.randrange(60_000)
             with contextlib.suppress(OSError):  # the run was quicker, and the disk is full
                 (mount / "runs" / "filler").write_bytes(bytes(max(0, free)))
-        launch.wait()
-        return (mount / "launch.txt").read_text()
+        return launch.wait(), (mount / "launch.txt").read_text()
 
     @staticmethod
     def remount(mount: Path, options: str) -> None:

@@ -10,13 +10,17 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from storage.files import writing
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock.json for a `with` block. The operating system frees the lock when the
-    process ends, however it ends. Raises ValueError if another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock.json", "a+", encoding="utf-8") as f:
+    process ends, however it ends. Raises ValueError if another process holds it, WriteError."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder / "lock.json", "a+", encoding="utf-8")
+    with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
