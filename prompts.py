@@ -157,6 +157,7 @@ def check_tokenizer(
     conversation = [{"role": "user", "content": "Say  one thing.\n\n- in two lines"}]
     text = policy_prompt(conversation, template, few_shot) + render_response("One.", (8,) * 5)
     ids = tokenizer.encode(text, add_special_tokens=False)
+    largest = max(ids)
     if (decoded := decode(tokenizer, ids)) != text:
         at = next(
             (k for k, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b),
@@ -186,7 +187,6 @@ def check_tokenizer(
             f"tokenizer {name}: replacing a digit of the [SELF_EVAL] block changes the tokens "
             "around it; choose a model whose tokenizer writes single digits as single tokens"
         )
-    largest = max(ids)
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(
             f"tokenizer {name} writes token {largest}, but the model has embeddings for "
