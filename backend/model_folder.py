@@ -234,7 +234,11 @@ def load_tokenizer(folder: str | Path):
     for name in present:
         read_json(Path(folder) / name)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.encode("a")
+        return tokenizer
     except Exception as error:  # the tokenizers library raises plain Exceptions
         text = " ".join(str(error).split())[:300]
         raise ValueError(

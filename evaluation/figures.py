@@ -14,6 +14,7 @@ from evaluation.paper_tables import calibration, quality
 from evaluation.results import Cell
 from evaluation.table import Results, Values, mean
 from prompts import ATTRIBUTES
+from storage.files import FileError
 from storage.run_folder import RunFolder, metrics_until
 
 matplotlib.use("Agg")
@@ -145,6 +146,12 @@ def training(runs: Sequence[Path], path: Path) -> bool:
     """Means over each RL step of the runs' own rollouts; a line at the end of each cycle."""
     names = ("quality", "calibration", "well_formed", "response_tokens")
     steps = {run.name: [x for x in RunFolder(run).metrics() if x["phase"] == "rl"] for run in runs}
+    for run in runs:
+        if any(name not in x for x in steps[run.name] for name in ("sample_passes", *names)):
+            raise FileError(
+                f"{RunFolder(run).metrics_file}: a step lacks one of {', '.join(names)}; restore "
+                "the file, or delete that line"
+            )
     if not any(steps.values()):
         return False
     fig, axes = plt.subplots(1, len(names), figsize=(15, 3.2), layout="constrained")
