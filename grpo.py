@@ -194,10 +194,12 @@ def rl_step(
         sums = {name: value + sums.get(name, 0.0) for name, value in batch_sums.items()}
     grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
     total = parallel.all_sum({name: float(value) for name, value in sums.items()})
-    names = [f"prompt {r.prompt_id}, sample {r.sample}" for r in rollouts]
-    parallel.check_finite(
-        total["loss"], grad_norm, lambda: chosen_rows(work.batches, not_finite, names)
-    )
+
+    def rows_not_finite() -> list[str]:
+        names = [f"prompt {r.prompt_id}, sample {r.sample}" for r in rollouts]
+        return chosen_rows(work.batches, not_finite, names)
+
+    parallel.check_finite(total["loss"], grad_norm, rows_not_finite)
     optimizer.step()
     optimizer.zero_grad()
     return {
