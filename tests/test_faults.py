@@ -46,36 +46,47 @@ FP32 = PolicyConfig("float32")
 # Writing
 
 
+class Limited:
+    """An open file that writes what `take(data)` leaves of its data."""
+
+    def __init__(self, f, take):
+        self.f, self.take = f, take
+
+    def __getattr__(self, name):
+        return getattr(self.f, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.f.close()
+
+    def write(self, data):
+        return self.f.write(self.take(data))
+
+
+def limit(monkeypatch, take) -> None:
+    monkeypatch.setattr(files, "open", lambda *a, **k: Limited(open(*a, **k), take), raising=False)
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """full_disk(bytes): all writes together may take so many; then the disk is full, after a part
     of the last write, as a real one has it."""
-    left = {}
 
-    class File:
-        def __init__(self, f):
-            self.f = f
+    def fill(room: int) -> None:
+        left = room
 
-        def __getattr__(self, name):
-            return getattr(self.f, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.f.close()
-
-        def write(self, data):
-            part = data[: left["bytes"]]
+        def take(data):
+            nonlocal left
+            part = data[:left]
             buffered = isinstance(data, str)  # then all of it is written, or it is an error
             if len(part) < len(data) and (buffered or not part):
                 raise OSError(errno.ENOSPC, "No space left on device")
-            left["bytes"] -= len(part)
-            return self.f.write(part)
+            left -= len(part)
+            return part
 
-    def fill(room: int) -> None:
-        left["bytes"] = room
-        monkeypatch.setattr(files, "open", lambda *a, **k: File(open(*a, **k)), raising=False)
+        limit(monkeypatch, take)
 
     yield fill
     monkeypatch.undo()
@@ -97,24 +108,7 @@ def test_a_full_disk_is_an_error_and_leaves_whole_lines(tmp_path, full_disk, mon
 def test_a_write_that_takes_a_part_is_finished(tmp_path, monkeypatch):
     """A nearly full disk or a signal: write() says how much it took."""
     path = tmp_path / "x.jsonl"
-
-    class Slow:
-        def __init__(self, f):
-            self.f = f
-
-        def __getattr__(self, name):
-            return getattr(self.f, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.f.close()
-
-        def write(self, data):
-            return self.f.write(data[:3])
-
-    monkeypatch.setattr(files, "open", lambda *a, **k: Slow(open(*a, **k)), raising=False)
+    limit(monkeypatch, lambda data: data[:3])
     append_line(path, {"text": "naïve"})
     assert json.loads(path.read_text()) == {"text": "naïve"}
 
