@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
     """A command's model folder, tokenizer and prompts, after all checks."""
 
     model: Path  # local folder
+    size: Size  # of the model
     tokenizer: object
     prompts: list[Prompt]  # those within the prompt limit, in file order
     prompt_ids: dict[str, tuple[int, ...]]  # prompt id -> token ids of the full policy prompt
@@ -72,7 +73,7 @@ def read_inputs(config: CommonConfig) -> Inputs:
         for p in prompts
     }
     fitting = [p for p in prompts if len(ids[p.id]) <= config.prompt_tokens]
-    return Inputs(model, tokenizer, fitting, ids, len(prompts) - len(fitting))
+    return Inputs(model, size, tokenizer, fitting, ids, len(prompts) - len(fitting))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class Setup:
     folder: RunFolder
     window: list[Prompt]
     inputs: Inputs
-    size: Size  # of the model
+
+    @property
+    def size(self) -> Size:
+        return self.inputs.size
 
 
 def prepare(config: Config) -> Setup:
@@ -116,7 +120,7 @@ def resolve(config: Config) -> Setup:
             f"{folder.window_file} names other prompts than {config.data} gives now; restore the "
             "prompt file that the run began with, or choose another --name"
         )
-    return Setup(folder, window, inputs, model_size(inputs.model))
+    return Setup(folder, window, inputs)
 
 
 def check_options(config: Config) -> None:

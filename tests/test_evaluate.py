@@ -170,7 +170,7 @@ MISTAKES = {
 
 def test_a_stronger_models_file_is_checked_before_anything(tmp_path, prompt_file):
     config = EvaluationConfig(models=("m",), benchmarks=(f"b={prompt_file}",), name="x")
-    inputs = Inputs(None, None, load_prompts(prompt_file), {}, 0)
+    inputs = Inputs(None, None, None, load_prompts(prompt_file), {}, 0)
 
     def answers(*given):
         return evaluate.stronger_answers(
