@@ -35,7 +35,7 @@ from backend.policy import export, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from buffer import in_buffer, select_stratified
 from config import Config, parse
-from grpo import group_advantages, reference_logps, response_row, rl_step
+from grpo import group_advantages, reference_logps, response_row, rewards_of, rl_step
 from judge import make_judge
 from judging.client import Background, JudgeError
 from plan import Setup, describe, prepare, resolve, step_batches
@@ -125,8 +125,7 @@ class Run:
                 sampled = self.sample(cycle, step, prompts)  # line 7
                 work, ref_logps = self.reference_pass(sampled)  # for the KL, while the judge works
                 rollouts = self.judged(sampled)  # lines 8-16: parsed, judged, rewarded
-                rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)  # (N,)
-                advantages = group_advantages(rewards, self.config.rollouts)  # (N,)
+                advantages = group_advantages(rewards_of(rollouts), self.config.rollouts)  # (N,)
                 self.rl_step(work, rollouts, advantages, ref_logps)  # line 19
 
             # Line 20. The buffer: the well-formed rollouts of this phase

@@ -211,6 +211,7 @@ def answer_prompts(
         shown = sum(bool(p.references) for p in prompts) if cell.use_references else 0
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
         summary["near_duplicates"] = inputs.near_duplicates  # before --limit
+        summary["not_judged"] = sum(r.refused is not None for r in by_sample.values())
         summary["metrics"] = {name: interval._asdict() for name, interval in table.items()}
         write_text(folder.summary_file, json.dumps(summary, indent=2))
     return table

@@ -22,11 +22,14 @@ temperature over the full vocabulary, for policy and reference.
    and its gradient is that of the formula.
 5. A group with equal rewards has advantage exactly 0. The step is still taken, because the KL and
    entropy terms remain.
+6. A response that the judge refused has no reward (nan below). It enters neither its group's mean
+   and deviation nor the loss: its advantage is 0, its mask empty, and it is not counted.
 
 Shapes: N rollouts of a step over all ranks, G rollouts of a group, B rows of a micro-batch, T
 tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -64,16 +67,25 @@ class GRPOConfig(Options):
     grpo.py)."""
 
 
+def rewards_of(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """(N,) rewards; nan where there is none."""
+    values = [math.nan if r.reward is None else r.reward for r in rollouts]
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-6) -> torch.Tensor:
-    """(N,) rewards, groups contiguous -> (N,) advantages (DeepSeekMath Sec. 4.1.2). ValueError if N
-    is not a multiple of `group_size`."""
+    """(N,) rewards, groups contiguous, nan where there is none (note 6) -> (N,) advantages
+    (DeepSeekMath Sec. 4.1.2). ValueError if N is not a multiple of `group_size`."""
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards cannot be split into groups of {group_size}")
     groups = rewards.view(-1, group_size)  # (N / G, G)
-    flat = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # (N / G, 1)
-    std = groups.std(1, keepdim=True, correction=min(1, group_size - 1))  # (N / G, 1), n - 1
-    advantages = (groups - groups.mean(1, keepdim=True)) / (std + eps)  # (N / G, G)
-    return advantages.masked_fill(flat, 0).view(-1)  # (N,)
+    missing = groups.isnan()  # (N / G, G)
+    count = (~missing).sum(1, keepdim=True)  # (N / G, 1)
+    gaps = (groups - groups.nanmean(1, keepdim=True)).masked_fill(missing, 0)  # (N / G, G)
+    std = (gaps.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()  # (N / G, 1)
+    lowest = groups.masked_fill(missing, math.inf).amin(1, keepdim=True)  # (N / G, 1)
+    highest = groups.masked_fill(missing, -math.inf).amax(1, keepdim=True)  # (N / G, 1)
+    return (gaps / (std + eps)).masked_fill(highest <= lowest, 0).view(-1)  # (N,)
 
 
 def policy_loss(
@@ -166,13 +178,19 @@ def rl_step(
     rank's micro-batches, and `ref_logps` their reference_logps. Returns metrics of the step over
     all ranks. Collective."""
     advantages = advantages.float().to(parallel.device())  # (N,)
+    rewarded = torch.tensor(
+        [r.reward is not None for r in rollouts], device=parallel.device()
+    )  # (N,)
     # Over all ranks and micro-batches, so that the losses of micro-batches sum to the step's loss.
-    counts = {"response": len(rollouts), "token": sum(len(r.response_ids) for r in rollouts)}
+    lengths = [len(r.response_ids) for r in rollouts if r.reward is not None]
+    counts = {"response": max(1, len(lengths)), "token": max(1, sum(lengths))}
 
     sums: dict[str, torch.Tensor | float] = {}
     not_finite: list[torch.Tensor] = []
     for batch, ref_logp in zip(work.batches, ref_logps, strict=True):
         logp, entropy, logp_t1 = policy(batch, temperature)  # (B, T) each
+        if batch.index:  # note 6
+            batch = batch._replace(mask=batch.mask & rewarded[batch.index, None])  # (B, T)
         loss, batch_sums = policy_loss(
             logp=logp,
             old_logp=logp.detach(),
@@ -232,6 +250,7 @@ def sampler_gap(
             response = slice(start, start + len(r.response_ids))
             sampled[b, response] = torch.tensor(r.sampled_logp)
             recorded[b, response] = True
+    recorded &= batch.mask
     return {"gap": (sampled - logp_t1)[recorded].abs().sum(), "gap_tokens": recorded.sum()}
 
 
@@ -244,4 +263,5 @@ def score_entropy(
     for b, r in enumerate(rollouts):
         start = len(r.prompt_ids) - batch.prefix  # column of the first response token
         at_score[b, [start + p for p in r.score_positions or ()]] = True
+    at_score &= batch.mask
     return {"score_entropy": entropy[at_score].sum(), "score_tokens": at_score.sum()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import reward
-from judging.client import ChatClient, Replay
+from judging.client import ChatClient, Refused, Replay
 from judging.endpoint import Form, Service
 from judging.heuristic import HeuristicJudge
 from judging.ledger import Ledger
@@ -141,9 +141,9 @@ async def prefer(judge, conversation: Sequence[Turn], first: str, second: str) -
 
 
 async def ask_all(works: Sequence, label: str) -> list:
-    """Run coroutines that ask a judge, with a progress bar, and return their results. If one fails,
-    its JudgeError is raised after requests in flight have finished: they are paid for, and their
-    replies are recorded."""
+    """Run coroutines that ask a judge, with a progress bar, and return their results, None where
+    the judge refused and --client.skip_refused allows that. If one fails, its JudgeError is raised
+    after requests in flight have finished: they are paid for, and their replies are recorded."""
     bar = progress(total=len(works), desc=label)
 
     async def with_progress(work):
@@ -154,6 +154,7 @@ async def ask_all(works: Sequence, label: str) -> list:
 
     with bar:
         results = await asyncio.gather(*map(with_progress, works), return_exceptions=True)
+    results = [None if isinstance(result, Refused) else result for result in results]
     for result in results:
         if isinstance(result, BaseException):
             raise result

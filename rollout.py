@@ -3,7 +3,8 @@ one on file.
 
 A response is judged as soon as it is sampled, while others are still being sampled. A malformed
 response gets the penalty and is never sent to the judge. A judge that fails after its last attempt
-stops the run on all ranks; no score is made up.
+stops the run on all ranks; no score is made up. A response that the judge refuses, where
+--client.skip_refused allows it, has neither scores nor a reward and is left out of every mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import reward
 from backend import parallel
 from backend.sampler import Request, Sample, SamplingParams, seed_of
-from judging.client import Background, JudgeError
+from judging.client import Background, JudgeError, Refused
 from prompts import parse_self_eval, score_positions, stray
 from reward import RewardConfig
 from storage.data import Prompt
@@ -154,15 +155,29 @@ class Collector:
         """Lines 8-16 for one response; the rollout is on file when this returns."""
         request, c = sample.request, self.reward
         block = parse_self_eval(sample.text)  # line 8
-        answer = self_scores = positions = scores = quality = calibration = None
+        answer = self_scores = positions = scores = None
+        quality = calibration = total = refused = None
         if block is not None:  # line 9
             answer, self_scores = block
             positions = score_positions(sample.response_ids, self.tokenizer)
             prompt = self.prompts[request.prompt_id]
             references = prompt.references if self.use_references else ()
-            scores = await self.judge.score(prompt.conversation, answer, references)  # line 12
-            quality = reward.quality(scores)  # line 13
-            calibration = reward.calibration(self_scores, scores, c.gamma)  # lines 14-15
+            try:
+                scores = await self.judge.score(prompt.conversation, answer, references)  # line 12
+            except Refused as error:
+                refused = str(error)
+            else:
+                quality = reward.quality(scores)  # line 13
+                calibration = reward.calibration(self_scores, scores, c.gamma)  # lines 14-15
+        if refused is None:
+            total = reward.reward(  # lines 10 and 16, Eq. 1
+                self_scores,
+                scores,
+                w_quality=c.w_quality,
+                w_calibration=c.w_calibration,
+                gamma=c.gamma,
+                penalty=c.penalty,
+            )
         rollout = Rollout(
             cycle=cycle,
             step=step,
@@ -178,52 +193,60 @@ class Collector:
             score_positions=positions,
             judge_scores=scores,
             judge_model=self.judge.name if block else None,
-            reward=reward.reward(  # lines 10 and 16, Eq. 1
-                self_scores,
-                scores,
-                w_quality=c.w_quality,
-                w_calibration=c.w_calibration,
-                gamma=c.gamma,
-                penalty=c.penalty,
-            ),
+            reward=total,
             quality=quality,
             calibration=calibration,
             weight_version=sample.weight_version,
             sampled_logp=sample.logp,
+            refused=refused,
         )
         append_rollout(path, rollout)
         return rollout
 
 
 def rollout_means(rollouts: Sequence[Rollout], group_size: int) -> dict[str, float | None]:
-    """Means over all ranks' rollouts of a step (this rank's are whole groups, contiguous); those of
-    scores over the well-formed ones. Collective.
+    """Means over all ranks' rollouts of a step (this rank's are whole groups, contiguous): that of
+    the reward over those that have one, those of scores over the judged ones, and `not_judged`, the
+    number that the judge refused. Collective.
 
-    quality, calibration and mae are None where no rollout was well-formed.
+    A mean over no rollout is None.
     """
     valid = [r for r in rollouts if r.self_scores is not None]
+    judged = [r for r in valid if r.judge_scores is not None]
+    rewards = [
+        [r.reward for r in rollouts[i : i + group_size] if r.reward is not None]
+        for i in range(0, len(rollouts), group_size)
+    ]
     flaws = [stray(r.answer) for r in valid]
-    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
     total = parallel.all_sum(
         {
             "rollouts": len(rollouts),
             "valid": len(valid),
-            "reward": sum(r.reward for r in rollouts),
+            "judged": len(judged),
+            "rewarded": sum(map(len, rewards)),
+            "reward": sum(map(sum, rewards)),
             "truncated": sum(r.finish_reason == "length" for r in rollouts),
             "response_tokens": sum(len(r.response_ids) for r in rollouts),
-            "quality": sum(r.quality for r in valid),
-            "calibration": sum(r.calibration for r in valid),
-            "mae": sum(reward.mean_absolute_error(r.self_scores, r.judge_scores) for r in valid),
+            "quality": sum(r.quality for r in judged),
+            "calibration": sum(r.calibration for r in judged),
+            "mae": sum(reward.mean_absolute_error(r.self_scores, r.judge_scores) for r in judged),
             "shared_digits": sum(r.score_positions is None for r in valid),
             "open_fence": sum(f["open_fence"] for f in flaws),
             "stray_label": sum(f["stray_label"] for f in flaws),
-            "zero_variance_groups": sum(len({r.reward for r in group}) == 1 for group in groups),
+            "zero_variance_groups": sum(len(set(group)) <= 1 for group in rewards),
         }
     )
-    means = {"zero_variance_groups": int(total["zero_variance_groups"])}
-    for name in ("reward", "truncated", "response_tokens"):
-        means[name] = total[name] / total["rollouts"]
-    means["well_formed"] = total["valid"] / total["rollouts"]
-    for name in ("quality", "calibration", "mae", "shared_digits", "open_fence", "stray_label"):
-        means[name] = total[name] / total["valid"] if total["valid"] else None
-    return means
+
+    def mean(name: str, among: str) -> float | None:
+        return total[name] / total[among] if total[among] else None
+
+    means = {name: mean(name, "rollouts") for name in ("truncated", "response_tokens")}
+    means |= {name: mean(name, "judged") for name in ("quality", "calibration", "mae")}
+    flaw_names = ("shared_digits", "open_fence", "stray_label")
+    means |= {name: mean(name, "valid") for name in flaw_names}
+    return means | {
+        "reward": mean("reward", "rewarded"),
+        "well_formed": mean("valid", "rollouts"),
+        "not_judged": int(total["valid"] - total["judged"]),
+        "zero_variance_groups": int(total["zero_variance_groups"]),
+    }

@@ -172,8 +172,8 @@ def answers_of(source: Source, prompts: dict[str, Prompt], use_references: bool)
     return [Answer.of(r, prompts[r.prompt_id], r.answer, use_references) for r in valid]
 
 
-def judge_again(judge, answers: Sequence[Answer], repeat: int) -> list[list[Scores]]:
-    """`repeat` independent score vectors for each answer."""
+def judge_again(judge, answers: Sequence[Answer], repeat: int) -> list[list[Scores | None]]:
+    """`repeat` independent score vectors for each answer, None where the judge refused."""
     if not answers:
         return []
     works = [
@@ -201,9 +201,14 @@ def other_judges(source: Source, answers: Sequence[Answer], name: str) -> dict[s
 def report(command: Command, source: Source, judge, answers: Sequence[Answer]) -> str:
     """Judge the answers; figures, and agreement with scores on file, other judges and itself."""
     draws = judge_again(judge, answers, max(1, command.repeat))
+    asked = len(answers)
+    judged = [(a, d) for a, d in zip(answers, draws, strict=True) if None not in d]
+    answers, draws = [a for a, _ in judged], [d for _, d in judged]
     ids = [a.prompt.id for a in answers]
     gamma = source.config["reward"]["gamma"]
     parts = []
+    if asked > len(answers):
+        parts.append(f"{asked - len(answers):,} answers not judged: {judge.name} refused them")
 
     def compare(title: str, other: Sequence[Scores | None]) -> None:
         pairs = [(i, d[0], o) for i, d, o in zip(ids, draws, other, strict=True) if o is not None]
@@ -246,7 +251,8 @@ def compare_pairs(judge, ours: Source, theirs: Source, prompts: dict, limit: int
     pairs = draw(pairs, limit, seed)
     works = [prefer(judge, prompts[i].conversation, one, two) for i, one, two in pairs]
     preferences = Background().submit(ask_all(works, f"comparing by {judge.name}")).result()
-    table = metrics.win_rate([i for i, _, _ in pairs], preferences)
+    judged = [(i, p) for (i, _, _), p in zip(pairs, preferences, strict=True) if p is not None]
+    table = metrics.win_rate([i for i, _ in judged], [p for _, p in judged])
     title = f"{ours.name} against {theirs.name}, by {judge.name}, both orders"
     return f"{title}\n{metrics.render(table)}"
 

@@ -5,7 +5,7 @@ well-formed rate stands beside each of them: a model that answers only what it f
 good without it.
 
 `rows` below are (prompt_id, self_scores | None, judge_scores | None) per response; None self-scores
-are a malformed response."""
+are a malformed response, None judge scores of a well-formed one that the judge refused it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,17 +23,13 @@ Row = tuple[str, Scores | None, Scores | None]
 
 
 def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> dict[str, Interval]:
-    """well_formed over all responses; over the well-formed ones quality, calibration, mae,
-    mae/<attribute>, and calibration/constant, what one score vector for all responses reaches.
+    """well_formed over all responses; over the well-formed ones that were judged quality,
+    calibration, mae, mae/<attribute>, and calibration/constant, what one score vector for all
+    responses reaches.
 
-    Intervals are over prompts, and n counts prompts. Only well_formed's n counts responses: its
-    product with the rate is the number of responses in the other figures.
-
-    Raises ValueError if a well-formed response has no judge scores.
+    Intervals are over prompts, and n counts prompts. Only well_formed's n counts responses.
     """
-    valid = [(prompt, s, j) for prompt, s, j in rows if s is not None]
-    if any(j is None for _, _, j in valid):
-        raise ValueError("a well-formed response has no judge scores")
+    valid = [(prompt, s, j) for prompt, s, j in rows if s is not None and j is not None]
     prompts = [prompt for prompt, _, _ in valid]
 
     def over_valid(figure: Callable[[Scores, Scores], float]) -> Interval:

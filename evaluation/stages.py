@@ -125,7 +125,7 @@ def judge_more(config: EvaluationConfig, cell: CellConfig, prompts: dict[str, Pr
     JudgeError."""
     rollouts = cell.folder.answers()
     valid = [r for r in rollouts if r.judge_scores is not None]
-    malformed = [r for r in rollouts if r.judge_scores is None and answer_text(r)]
+    malformed = [r for r in rollouts if r.self_scores is None and answer_text(r)]
     drawn = random.Random(config.seed).sample(valid, min(config.repeat_answers, len(valid)))
     repeated = sorted(drawn, key=lambda r: r.key) if config.repeat > 1 else []
     work = [(cell, [(malformed, 1), (repeated, config.repeat)])]
@@ -140,7 +140,9 @@ def judge_more(config: EvaluationConfig, cell: CellConfig, prompts: dict[str, Pr
             ]
             for r, draws in zip(rows, judge_again(judge, answers, repeat), strict=True):
                 lines += [
-                    line_about(r, r.weight_version, draw=d, scores=s) for d, s in enumerate(draws)
+                    line_about(r, r.weight_version, draw=d, scores=s)
+                    for d, s in enumerate(draws)
+                    if s is not None
                 ]
         path = cell.folder.scores_file(judge_config.judge)
         write_lines(path, [*earlier_judgements(path, lines, rollouts), *lines])
@@ -174,6 +176,7 @@ def judge_stronger(
     lines = [
         {"prompt_id": p, "version": "", "scores": first}
         for p, [first] in zip(answers, scores, strict=True)
+        if first is not None
     ]
     write_lines(path, lines)
 
@@ -192,5 +195,6 @@ def compare_with_base(base: CellConfig, cell: CellConfig, prompts: dict[str, Pro
     lines = [
         line_about(r, r.weight_version, **p._asdict(), longer_by=len(r.answer) - len(o.answer))
         for (r, o), p in zip(pairs, preferences, strict=True)
+        if p is not None
     ]
     write_lines(cell.folder.preferences_file, lines)

@@ -38,6 +38,11 @@ class JudgeError(RuntimeError):
     """No valid reply, and retrying now would not help. The message names the remedy."""
 
 
+class Refused(JudgeError):
+    """The judge refuses this question for good, and --client.skip_refused allows going on without
+    its reply."""
+
+
 class Attempt(NamedTuple):
     """Outcome of one request."""
 

@@ -33,15 +33,17 @@ class Rollout:
     self_scores: tuple[int, ...] | None  # None if malformed
     # Indices into response_ids; None if malformed, or if a score digit is not a separate token.
     score_positions: tuple[int, ...] | None
-    judge_scores: tuple[int, ...] | None  # None if malformed: such a response is never judged
+    # None if malformed, which is never judged, or if the judge refused.
+    judge_scores: tuple[int, ...] | None
     judge_model: str | None
-    reward: float
+    reward: float | None  # None if the judge refused: there is no reward then
     quality: float | None
     calibration: float | None
     weight_version: str  # weights that it was sampled with: "c2s7" is cycle 2 after 7 RL steps
     # The sampler's log-probabilities at temperature 1, compared with the trainer's (grpo.py, note
     # 2).
     sampled_logp: tuple[float, ...] | None = None
+    refused: str | None = None  # the judge's words, if it refused to judge a well-formed response
 
     @property
     def key(self) -> tuple[int, str, int]:

@@ -1,11 +1,24 @@
 """Advantages and loss, by hand: .venv/bin/python -m pytest tests/test_grpo.py"""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_rollout
 
-from grpo import group_advantages, policy_loss
+from backend import parallel
+from backend.packing import share_out
+from backend.policy import PolicyConfig, load_policy
+from grpo import (
+    GRPOConfig,
+    group_advantages,
+    policy_loss,
+    reference_logps,
+    response_row,
+    rewards_of,
+    rl_step,
+)
 
 
 def test_advantages_by_hand():
@@ -17,6 +30,58 @@ def test_advantages_by_hand():
     assert group_advantages(torch.tensor([1.0, 5.0]), 1).tolist() == [0, 0]
     with pytest.raises(ValueError, match="5 rewards"):
         group_advantages(torch.ones(5), 2)
+
+
+def test_a_missing_reward_is_in_no_mean_and_no_deviation():
+    """Of 0, ?, 0, 0, 1 the mean is 1/4 and the deviation 1/2; fewer than two rewards are flat."""
+    none = math.nan
+    a = group_advantages(torch.tensor([0.0, none, 0.0, 0.0, 1.0]), 5)
+    assert a.tolist() == pytest.approx([-0.5, 0, -0.5, -0.5, 1.5], abs=1e-5)
+    groups = [0.3, none, none, none, none, none, 0.2, none, 0.2]
+    assert group_advantages(torch.tensor(groups), 3).tolist() == [0] * 9
+
+
+@pytest.mark.parametrize("loss_mean", ["response", "token"])
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_a_rollout_without_a_reward_changes_no_weight(
+    random_folder, tokenizer, loss_mean, shared_prefix
+):
+    """One step with a refused rollout among three gives the gradient and the figures that the other
+    two alone give."""
+    rollouts = [
+        make_rollout(
+            tokenizer,
+            "word " * (3 + k),
+            sample=k,
+            reward=(0.9, None, 0.2)[k],
+            sampled_logp=(-1.0 - k,) * 200,
+        )
+        for k in range(3)
+    ]
+    rollouts = [replace(r, sampled_logp=r.sampled_logp[: len(r.response_ids)]) for r in rollouts]
+    assert len({len(r.response_ids) for r in rollouts}) == 3
+
+    def step(chosen):
+        policy = load_policy(random_folder(), PolicyConfig("float32", shared_prefix=shared_prefix))
+        rows = [response_row(r.prompt_ids, r.response_ids) for r in chosen]
+        work = share_out(rows, [0] * len(rows), 10_000, shared_prefix)
+        refs = [logp + 0.1 for logp in reference_logps(policy, work.batches, 0.8)]
+        advantages = group_advantages(rewards_of(chosen), len(chosen))
+        config = GRPOConfig(loss_mean=loss_mean, grad_clip=1e9)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+        figures = rl_step(policy, optimizer, work, chosen, advantages, refs, 0.8, config)
+        weights = [parallel.full_tensor(p.detach()).clone() for p in policy.parameters()]
+        return figures, weights
+
+    figures, weights = step(rollouts)
+    expected, expected_weights = step([rollouts[0], rollouts[2]])
+    assert expected["kl"] > 0 and expected["logprob_gap"] > 0
+    assert figures == pytest.approx(expected, rel=1e-4)
+    for got, want in zip(weights, expected_weights, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    # Where no rollout has a reward nothing is learnt, and no figure is made up.
+    nothing, _ = step([rollouts[1]])
+    assert nothing["loss"] == nothing["grad_norm"] == 0 and nothing["kl"] is None
 
 
 def test_advantages_use_the_sample_standard_deviation():

@@ -46,9 +46,17 @@ def test_only_well_formed_responses_enter_the_scores():
     assert table["calibration/constant"].mean == pytest.approx(constant)
 
 
-def test_a_well_formed_response_without_a_judgement_is_an_error():
-    with pytest.raises(ValueError, match="no judge scores"):
-        summarise([("a", (8, 8, 8, 1, 1), None)])
+def test_an_answer_that_the_judge_refused_is_well_formed_and_in_no_other_figure():
+    rows = [
+        ("a", (8, 8, 8, 1, 1), None),
+        ("b", (5, 5, 5, 5, 5), (3, 3, 3, 5, 5)),
+        ("b", None, None),
+    ]
+    table, without = summarise(rows), summarise(rows[1:])
+    assert table["well_formed"].mean == pytest.approx(2 / 3) and table["well_formed"].n == 3
+    assert table["quality"].mean == pytest.approx(1 / 3) and table["quality"].n == 1
+    del table["well_formed"], without["well_formed"]
+    assert table == without
 
 
 def test_the_best_constant_by_hand():

@@ -9,7 +9,7 @@ from conftest import make_rollout
 import prompts
 from backend.sampler import Sample, SamplingParams
 from buffer import in_buffer
-from judging.client import Background, JudgeError
+from judging.client import Background, JudgeError, Refused
 from reward import RewardConfig
 from rollout import Collector, rollout_means
 from storage.data import Prompt
@@ -180,6 +180,28 @@ def test_a_judge_that_fails_for_good_stops_the_step_and_keeps_the_rest(tokenizer
         )
     kept = read_rollouts(path)
     assert len(kept) == 3 and all(r.judge_scores == JUDGED for r in kept)
+
+
+def test_an_answer_that_the_judge_refuses_has_no_reward_and_is_in_no_mean(tokenizer, tmp_path):
+    def scores(answer):
+        if answer == "Bad.":
+            raise Refused("content filter")
+        return JUDGED
+
+    texts = dict.fromkeys(KEYS, GOOD) | {("p1", 1): prompts.render_response("Bad.", (1,) * 5)}
+    path = tmp_path / "r.jsonl"
+    collector = make(tokenizer, FakeSampler(tokenizer, texts), FakeJudge(scores))
+    got = collect(collector, 1, 1, PROMPTS, {}, path, "c1s0")
+    refused = got[3]
+    assert refused.refused == "content filter" and refused.self_scores == (1,) * 5
+    assert refused.reward is refused.quality is refused.calibration is refused.judge_scores is None
+    assert not in_buffer(refused) and refused in read_rollouts(path)
+    means, others = rollout_means(got, group_size=2), rollout_means(got[:3], group_size=2)
+    assert means["not_judged"] == 1 and others["not_judged"] == 0
+    assert means["well_formed"] == 1 and means["zero_variance_groups"] == 2
+    for name in ("reward", "quality", "calibration", "mae"):
+        assert means[name] == others[name] is not None
+    assert rollout_means([refused], group_size=2)["reward"] is None
 
 
 def test_shared_digits_are_rewarded_and_kept_out_of_the_buffer(tokenizer):
