@@ -3,9 +3,11 @@
 Run all tests: make test. One file: .venv/bin/python -m pytest tests/test_grpo.py
 """
 
+import hashlib
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -162,10 +164,17 @@ def make_parrot(path: Path, tokenizer) -> None:
 
 
 @pytest.fixture(scope="session")
-def parrot_folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("parrot")
-    make_parrot(path, tokenizer)
-    return path
+def parrot_folder(request, tmp_path_factory, tokenizer):
+    """Training it takes a while, so pytest's cache keeps it until a source of it changes."""
+    sources = [(ROOT / name).read_bytes() for name in ("tests/conftest.py", "prompts.py")]
+    recipe = hashlib.sha256(b"".join(sources) + torch.__version__.encode()).hexdigest()[:16]
+    kept = request.config.cache.mkdir("parrot") / recipe
+    if not kept.exists():
+        path = tmp_path_factory.mktemp("parrot")
+        make_parrot(path, tokenizer)
+        shutil.copytree(path, kept.with_suffix(".tmp"), dirs_exist_ok=True)
+        kept.with_suffix(".tmp").rename(kept)
+    return Path(shutil.copytree(kept, tmp_path_factory.mktemp("parrot") / "model"))
 
 
 @pytest.fixture(scope="session")
