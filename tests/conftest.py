@@ -172,8 +172,10 @@ def parrot_folder(request, tmp_path_factory, tokenizer):
     if not kept.exists():
         path = tmp_path_factory.mktemp("parrot")
         make_parrot(path, tokenizer)
-        shutil.copytree(path, kept.with_suffix(".tmp"), dirs_exist_ok=True)
-        kept.with_suffix(".tmp").rename(kept)
+        mine = kept.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copytree(path, mine)
+        if not kept.exists():  # another worker may have been faster
+            mine.rename(kept)
     return Path(shutil.copytree(kept, tmp_path_factory.mktemp("parrot") / "model"))
 
 
