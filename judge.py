@@ -14,11 +14,13 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import reward
-from judging.client import ChatClient, Refused, Replay
+from judging import endpoint
+from judging.client import ChatClient, Refused, Replay, connection
 from judging.endpoint import Form, Service
 from judging.heuristic import HeuristicJudge
 from judging.ledger import Ledger
@@ -120,7 +122,11 @@ class LLMJudge:
             better = await self.client.ask(messages(PAIR_SYSTEM, user), PREFERENCE)
             return {"A": 1, "B": -1, "tie": 0}[better]
 
-        shown_first, reverse = await asyncio.gather(ask(first, second), ask(second, first))
+        orders = ask(first, second), ask(second, first)
+        results = await asyncio.gather(*orders, return_exceptions=True)
+        if failed := [r for r in results if isinstance(r, BaseException)]:
+            raise min(failed, key=lambda error: isinstance(error, Refused))  # Refused is milder
+        shown_first, reverse = results
         shown_second = -reverse
         result = shown_first if shown_first == shown_second else 0
         return Preference(result, shown_first, shown_second)
@@ -174,13 +180,22 @@ def offline_judge(name: str) -> HeuristicJudge | RubricJudge | None:
     return None
 
 
-def _replay(name: str) -> LLMJudge | None:
-    """The judge for a name replay:FILE or replay:FILE@MODEL, with the replies in that file; None
-    for other names."""
-    if not name.startswith("replay:"):
+def _replay(config) -> LLMJudge | None:
+    """The judge for a name replay:FILE, replay:FILE@MODEL or replay:FILE@MODEL@URL, with the
+    replies in that file; None for other names."""
+    found = re.fullmatch(r"replay:([^@]*)(?:@(.*?))?(?:@(https?://.*))?", config.judge)
+    if not found:
         return None
-    path, _, model = name.removeprefix("replay:").partition("@")
-    return LLMJudge(Replay(Path(path), model))
+    path, model, url = (part or "" for part in found.groups())
+    return LLMJudge(Replay(Path(path), model, url, config.client.skip_refused))
+
+
+def located(config):
+    """The configuration with the judge's URL filled in, if its judge is asked at an endpoint: a run
+    keeps it. Raises ValueError."""
+    if offline_judge(config.judge) or config.judge.startswith("replay:"):
+        return config
+    return replace(config, endpoint=endpoint.located(config.judge, config.endpoint))
 
 
 def _service(config, ranks: int) -> Service:
@@ -195,16 +210,18 @@ def _service(config, ranks: int) -> Service:
 def check_judge(config, ranks: int = 1) -> str:
     """The name of the judge of `config` (any command's). Raises ValueError for every mistake that
     can be found before the first request."""
-    if judge := offline_judge(config.judge) or _replay(config.judge):
+    if judge := offline_judge(config.judge) or _replay(config):
         return judge.name
-    return _service(config, ranks).model
+    service = _service(config, ranks)
+    connection(service)
+    return service.model
 
 
 def make_judge(config, cache: Path, ranks: int = 1, rank: int = 0, launch: int | None = None):
     """The judge of `config` (any command's). Replies are recorded in `cache`. The ranks share the
     concurrency and `launch`, a number that identifies this launch (parallel.launch_id). Raises
     ValueError as check_judge does."""
-    if judge := offline_judge(config.judge) or _replay(config.judge):
+    if judge := offline_judge(config.judge) or _replay(config):
         return judge
     service, total = _service(config, ranks), config.client.concurrency
     share = total // ranks + (rank < total % ranks)
