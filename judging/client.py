@@ -119,21 +119,16 @@ class ChatClient:
                     attempt = await self._attempt(request, form)
                 finally:
                     self._in_flight -= 1
-            faults.add(attempt.fault)
-            jittered = random.uniform(0, min(c.backoff_max, c.backoff * 2 ** (number - 1)))
-            wait = max(jittered, attempt.retry_after)
-            within = None  # if this is the last attempt
-            unreached = attempt.fault is Fault.NO_ROUTE and not self._answered
-            if number == c.attempts or (unreached and number >= FIRST_ATTEMPTS):
-                within = f"{number} attempts"
-            elif time.monotonic() + wait - first_started > c.deadline:
-                within = f"{c.deadline:g} s (--client.deadline)"
-            declined = attempt.fault is Fault.DECLINED and Fault.REPLY not in faults
-            if attempt.fault is Fault.REFUSED or (within and declined):
-                attempt = attempt._replace(fault=Fault.REFUSED)
             seconds = time.monotonic() - started
+            if attempt.outcome == OK:
+                return self._record(key, request, form, draw, number, attempt, seconds)
+            faults.add(attempt.fault)
+            wait, within = self._next(number, attempt, first_started)
+            declined = attempt.fault is Fault.DECLINED and Fault.REPLY not in faults
+            if within and declined:
+                attempt = attempt._replace(fault=Fault.REFUSED)
             self._record(key, request, form, draw, number, attempt, seconds)
-            if attempt.outcome == OK or attempt.fault is Fault.REFUSED:
+            if attempt.fault is Fault.REFUSED:
                 return
             if attempt.fault is Fault.SETTINGS:
                 raise self._give_up(f"{self._name}: {attempt}")
@@ -144,6 +139,18 @@ class ChatClient:
                     about_text=attempt.fault in (Fault.REPLY, Fault.DECLINED),
                 )
             await self._pause(wait)
+
+    def _next(self, number: int, failed: Attempt, first: float) -> tuple[float, str | None]:
+        """Seconds until the next attempt; and if there is none, within what they were made."""
+        c = self.config
+        jittered = random.uniform(0, min(c.backoff_max, c.backoff * 2 ** (number - 1)))
+        wait = max(jittered, failed.retry_after)
+        unreached = failed.fault is Fault.NO_ROUTE and not self._answered
+        if number == c.attempts or (unreached and number >= FIRST_ATTEMPTS):
+            return wait, f"{number} attempts"
+        if time.monotonic() + wait - first > c.deadline:
+            return wait, f"{c.deadline:g} s (--client.deadline)"
+        return wait, None
 
     @property
     def _name(self) -> str:

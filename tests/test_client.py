@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import pytest
 from fake_judge import FAULTS, GOOD, Reply
@@ -301,9 +302,30 @@ def test_replay_answers_from_a_file_or_not_at_all(fake_judge, tmp_path):
     [error] = score(replayed, "New.")
     assert isinstance(error, JudgeError) and "has no scores of some-judge" in str(error)
     assert len(fake_judge.bodies) == asked
-    score(make(tmp_path, model="another"), "Same.")
-    with pytest.raises(ValueError, match="another, some-judge; say which"):
-        Replay(path)
-    assert score(LLMJudge(Replay(path, "some-judge")), "Same.") == first[:1]
     with pytest.raises(ValueError, match="no such file"):
         Replay(tmp_path / "none.jsonl")
+
+
+def test_replay_needs_one_judge_and_says_how_to_name_it(fake_judge, tmp_path):
+    """A judge at two URLs, another at one; the URL's last slash does not matter."""
+    path, local = tmp_path / "ledger.jsonl", fake_judge.url.replace("127.0.0.1", "localhost")
+    first = score(make(tmp_path), "Same.")
+    score(make(tmp_path, model="@cf/another"), "Same.")
+    for url in (local, local + "/"):
+        score(make(tmp_path, endpoint=Endpoint(base_url=url)), "Same.", "Other.")
+
+    def judge(name):
+        config = SimpleNamespace(judge=f"replay:{path}{name}", client=FAST)
+        return make_judge(config, tmp_path / "none.jsonl")
+
+    ways = (f"@@cf/another, --judge replay:{path}@some-judge@{fake_judge.url}, "
+            f"--judge replay:{path}@some-judge@{local}")  # fmt: skip
+    for ambiguous in ("", "@some-judge", "@third"):
+        with pytest.raises(ValueError) as caught:
+            judge(ambiguous)
+        assert str(caught.value).endswith(f"give one of: --judge replay:{path}{ways}")
+    for name in (f"@some-judge@{fake_judge.url}", f"@some-judge@{fake_judge.url}/"):
+        assert score(judge(name), "Same.") == first
+        assert isinstance(score(judge(name), "Other.")[0], JudgeError)  # asked at the other URL
+    assert isinstance(score(judge(f"@some-judge@{local}"), "Other.")[0], tuple)
+    assert judge("@@cf/another").name == "@cf/another"
