@@ -125,12 +125,14 @@ def totals(attempts: Sequence[dict]) -> dict[str, object]:
     """Counts, tokens and US dollars of all attempts, and the seconds of successful ones."""
     successful = [a for a in attempts if a["outcome"] == OK]
     failed = Counter(a["outcome"] for a in attempts if a["outcome"] != OK)
-    judgements = len({a["key"] for a in successful})
+    judged = {a["key"] for a in successful}
+    judgements = len(judged)
     seconds = sorted(a["seconds"] for a in successful)
     return {
         "calls": len(attempts),
         "judgements": judgements,
         "paid_twice": len(successful) - judgements,
+        "refused": len({a["key"] for a in attempts if "refused" in a} - judged),
         "tokens_in": sum(a["tokens_in"] or 0 for a in attempts),
         "tokens_out": sum(a["tokens_out"] or 0 for a in attempts),
         "cost": sum(a["cost"] or 0.0 for a in attempts),
@@ -167,6 +169,8 @@ def render_totals(attempts: Sequence[dict]) -> str:
         if t["seconds"]:
             percentiles = ", ".join(f"{p} %: {s:.2f}" for p, s in t["seconds"].items())
             lines.append(f"seconds      {percentiles} of the successful calls took at most this")
+        if t["refused"]:
+            lines.append(f"refused      {t['refused']:,} questions, their texts for good")
         lines += [f"failed       {n:6,}  {reason}" for reason, n in t["failed"].items()]
         paragraphs.append("\n  ".join(lines))
     return "\n\n".join(paragraphs) or "no judgement on file (offline judges are not recorded)"

@@ -279,7 +279,9 @@ def test_the_key_is_everything_that_decides_the_reply(fake_judge, tmp_path):
         make(tmp_path, endpoint=Endpoint(temperature=0.2)),
         make(tmp_path, endpoint=Endpoint(max_tokens=99)),
         make(tmp_path, endpoint=Endpoint(output="json")),
-        make(tmp_path, endpoint=Endpoint(base_url=fake_judge.url.replace("127.0.0.1", "localhost"))),
+        make(
+            tmp_path, endpoint=Endpoint(base_url=fake_judge.url.replace("127.0.0.1", "localhost"))
+        ),
     ]
     for judge in [base, *others]:
         score(judge, "Same.")
