@@ -31,6 +31,7 @@ from judge import ask_all, make_judge, messages, parse_scores, prefer
 from judging.client import Background, JudgeError
 from judging.endpoint import ClientConfig, Endpoint
 from judging.ledger import OK, question_key, read_attempts, render_totals
+from judging.replies import unfenced
 from prompts import JUDGE_SYSTEM, Scores, judge_user
 from storage.data import Prompt, load_prompts
 from storage.files import read_lines, write_text
@@ -192,7 +193,9 @@ def other_judges(source: Source, answers: Sequence[Answer], name: str) -> dict[s
     for t in source.attempts:
         if (t["outcome"], t["form"], t["draw"]) == (OK, "scores", 0) and t["model"] != name:
             question = question_key(t["request"]["messages"])
-            scores.setdefault(t["model"], {}).setdefault(question, parse_scores(t["reply"]))
+            scores.setdefault(t["model"], {}).setdefault(
+                question, parse_scores(unfenced(t["reply"]))
+            )
     shown = [judge_user(a.prompt.conversation, a.text, a.references) for a in answers]
     questions = [question_key(messages(JUDGE_SYSTEM, user)) for user in shown]
     return {judge: [given.get(q) for q in questions] for judge, given in scores.items()}

@@ -65,17 +65,34 @@ def check_same_config(
         return
     former = {(renamed or {}).get(key, key): value for key, value in folder.config().items()}
     present = json.loads(json.dumps(dataclasses.asdict(config)))
+    former = _with_url(former, present)
     differing = [
         key
         for key in sorted(_differing(former, present))
         if not {key, key.split(".")[0]} & {*may_change}
     ]
+    if "endpoint.base_url" in differing and "judge" not in differing:
+        raise ValueError(
+            f"{folder} holds a run whose judge is at {former['endpoint']['base_url']}, not at "
+            f"{present['endpoint']['base_url']}; give the former URL by --endpoint.base_url or "
+            "OPENAI_BASE_URL to continue that run, or choose another --name"
+        )
     if differing:
         raise ValueError(
             f"{folder} holds a run of another configuration (it differs in "
             f"{', '.join(differing)}); choose another --name, or give the same options to continue "
             "that run"
         )
+
+
+def _with_url(former: dict, present: dict) -> dict:
+    """Older configurations have the judge's URL as it was given, perhaps with a slash at its end;
+    if it came from the environment it is empty, and not known."""
+    then, now = former.get("endpoint"), present.get("endpoint")
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return former
+    url = str(then.get("base_url") or now["base_url"]).rstrip("/")
+    return former | {"endpoint": then | {"base_url": url}}
 
 
 def _differing(a: dict, b: dict, prefix: str = "") -> set[str]:

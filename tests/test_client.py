@@ -4,7 +4,7 @@ tests/test_client.py"""
 import asyncio
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from types import SimpleNamespace
@@ -12,11 +12,15 @@ from types import SimpleNamespace
 import pytest
 from fake_judge import FAULTS, GOOD, Reply
 
-from judge import LLMJudge, make_judge
+import cycle
+import evaluate
+from config import EVALUATION_MAY_CHANGE, CellConfig, Config
+from judge import LLMJudge, located, make_judge
 from judging.client import Background, ChatClient, JudgeError, Replay
 from judging.endpoint import ClientConfig, Endpoint, Service, prices
 from judging.errors import retry_after
-from judging.ledger import Ledger, read_attempts, totals
+from judging.ledger import Ledger, cache_key, read_attempts, render_totals, totals
+from storage.logbook import check_same_config
 
 TURNS = [{"role": "user", "content": "Why is the sky blue?"}]
 LOOP = Background()
@@ -255,6 +259,62 @@ def test_dollars_cannot_be_counted_without_tokens(fake_judge, tmp_path):
     assert lines(tmp_path)[0]["outcome"] == "ok"  # paid for, so kept
 
 
+# ---------------------------------------------------------------------------------------- endpoint
+
+
+def test_a_run_keeps_its_endpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def config(url, given="", **changes):
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        return located(
+            CellConfig(model="m", data="d", name="x", endpoint=Endpoint(given), **changes)
+        )
+
+    def go_on(c):
+        check_same_config(c.folder, c, EVALUATION_MAY_CHANGE)
+
+    first = config("http://a/v1/")
+    assert first.endpoint.base_url == "http://a/v1"
+    first.folder.path.mkdir(parents=True)
+    for recorded in ("http://a/v1", "http://a/v1/"):  # the second as older runs did
+        stored = asdict(first) | {"endpoint": asdict(Endpoint(recorded))}
+        first.folder.config_file.write_text(json.dumps(stored))
+        go_on(config("http://a/v1"))
+        go_on(config("http://b/v1", given="http://a/v1/"))
+        with pytest.raises(ValueError, match="whose judge is at http://a/v1, not at http://b/v1; "):
+            go_on(config("http://b/v1"))
+        with pytest.raises(ValueError, match="differs in endpoint.base_url, judge"):
+            go_on(config("http://b/v1", judge="another"))
+    # An older run with a URL from the environment, which it did not record; an offline judge.
+    first.folder.config_file.write_text(
+        json.dumps(asdict(first) | {"endpoint": asdict(Endpoint())})
+    )
+    go_on(config("http://b/v1"))
+    assert config("http://b/v1", judge="heuristic").endpoint == Endpoint()
+    assert config("http://b/v1", judge="replay:f@m").endpoint == Endpoint()
+    with pytest.raises(ValueError, match="without user") as caught:
+        config("http://user:sk-secret@a/v1")
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_both_commands_keep_the_url_that_they_begin_with(monkeypatch):
+    """Each is shown to fill it in before it looks at the folder."""
+
+    def look(config, *_):
+        raise ValueError(f"at {config.endpoint.base_url}")
+
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://b/v1/")
+    monkeypatch.setattr(cycle, "prepare", look)
+    monkeypatch.setattr(evaluate, "prepare", look)
+    with pytest.raises(SystemExit, match="error: at http://b/v1$"):
+        cycle.main(Config(judge="another", sampler="transformers"))
+    arguments = "evaluate --models m --benchmarks b --name x --judge another --sampler transformers"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    with pytest.raises(SystemExit, match="error: at http://b/v1$"):
+        evaluate.main()
+
+
 # ------------------------------------------------------------------------------------------- cache
 
 
@@ -293,6 +353,20 @@ def test_the_key_is_everything_that_decides_the_reply(fake_judge, tmp_path):
     score(make(tmp_path, replace(FAST, attempts=9, timeout=5.0), concurrency=1), "Same.")
     score(make(tmp_path, endpoint=Endpoint(base_url=fake_judge.url + "/")), "Same.")
     assert len(fake_judge.bodies) == 8
+
+
+def test_an_older_ledger_whose_url_ends_in_a_slash_is_still_paid_for(fake_judge, tmp_path):
+    first = score(make(tmp_path), "Same.")
+    [row] = lines(tmp_path)
+    assert row["key"] == cache_key(fake_judge.url, row["request"], 0)
+    older = fake_judge.url + "/"
+    row |= {"endpoint": older, "key": cache_key(older, row["request"], 0)}
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(row) + "\n")
+    assert score(make(tmp_path), "Same.") == first and len(fake_judge.bodies) == 1
+    score(make(tmp_path), "Other.")
+    tries = list(read_attempts(tmp_path / "ledger.jsonl"))
+    assert render_totals(tries).count(" at http") == 1 and totals(tries)["judgements"] == 2
+    assert Replay(tmp_path / "ledger.jsonl").endpoint == fake_judge.url
 
 
 def test_replay_answers_from_a_file_or_not_at_all(fake_judge, tmp_path):
