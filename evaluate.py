@@ -37,7 +37,7 @@ from evaluation import stages
 from evaluation.digits import Reader
 from evaluation.intervals import Interval
 from evaluation.metrics import render, summarise
-from judge import check_judge, located, make_judge
+from judge import check_judge, make_judge, with_judge_url
 from judging.client import Background, JudgeError
 from plan import Inputs, check_name, read_inputs
 from prompts import EXAMPLES, FEW_SHOT
@@ -311,7 +311,7 @@ def main() -> None:
     config = tyro.cli(EvaluationConfig, description=__doc__)
     try:
         parallel.refuse_restart()
-        config = located(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
+        config = with_judge_url(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
         check_name(config.name)
         cells = config.cells()
         if config.judge in config.judges:

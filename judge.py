@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import reward
-from judging import endpoint
-from judging.client import ChatClient, Refused, Replay, connection
-from judging.endpoint import Form, Service
+from judging.client import ChatClient, Refused, connection
+from judging.endpoint import Form, Service, with_url
 from judging.heuristic import HeuristicJudge
 from judging.ledger import Ledger
+from judging.replay import Replay
 from miniature.world import RubricJudge
 from prompts import ATTRIBUTES, JUDGE_SYSTEM, PAIR_SYSTEM, Scores, Turn, judge_user, pair_user
 from storage.progress import progress
@@ -190,12 +190,12 @@ def _replay(config) -> LLMJudge | None:
     return LLMJudge(Replay(Path(path), model, url, config.client.skip_refused))
 
 
-def located(config):
+def with_judge_url(config):
     """The configuration with the judge's URL filled in, if its judge is asked at an endpoint: a run
     keeps it. Raises ValueError."""
     if offline_judge(config.judge) or config.judge.startswith("replay:"):
         return config
-    return replace(config, endpoint=endpoint.located(config.judge, config.endpoint))
+    return replace(config, endpoint=with_url(config.judge, config.endpoint))
 
 
 def _service(config, ranks: int) -> Service:

@@ -6,13 +6,16 @@ tokens, 8 attempts, back-off from 2 s doubling to 120 s with jitter, 24 concurre
 time-out.
 
 A reply is valid only if the caller's reply form accepts it. Any other outcome is a failed attempt,
-recorded and counted by reason. After the last attempt, at the deadline, at the budget, or when a
-request is refused and retrying cannot help, all ranks stop sending requests. Requests in flight are
-still awaited and recorded, because they are paid for. A score is never made up. Running the same
-command again continues the run.
+recorded and counted by reason. After the last attempt, at the deadline, at the budget, or when
+asking again cannot help, all ranks stop sending requests. Requests in flight are still awaited and
+recorded, because they are paid for. A score is never made up. Running the same command again
+continues the run.
+
+A text that the judge refuses for good stops the run too, unless --client.skip_refused lets the run
+go on without that judgement.
 
 Not in the paper: replies must follow a JSON schema where the endpoint supports it; the deadline;
-the budget.
+the budget; passing over refused texts.
 """
 
 import asyncio
@@ -22,13 +25,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 import openai
 
 from judging.endpoint import Form, Service
 from judging.errors import Attempt, Fault, read_error, read_no_response
-from judging.ledger import OK, Ledger, cache_key, question_key, read_attempts
+from judging.ledger import OK, Ledger, cache_key
 from judging.replies import read_reply, unfenced
 
 # Attempts to reach an endpoint that has never answered this process: the server may be starting,
@@ -274,71 +276,6 @@ class ChatClient:
         counts = {name: float(self._counts[name]) for name in ("calls", "failed", "cost")}
         self._counts.clear()
         return counts
-
-
-class Replay:
-    """Answers questions from judgements on file; a question that is not on file is an error."""
-
-    def __init__(self, path: Path, model: str = "", url: str = "", skip_refused: int = 0):
-        """`path`: a run's judge_cache.jsonl, or a file made by evaluation.judgements --export.
-        `model`, and its `url`, are needed if the file has judgements of several. Raises
-        ValueError."""
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; --judge replay:FILE takes judgements on file")
-        self.path, self.skip_refused = path, skip_refused
-        replies: dict[tuple, dict[tuple, str]] = defaultdict(dict)  # judge -> question -> reply
-        refused: dict[tuple, dict[tuple, str]] = defaultdict(dict)  # the same -> judge's words
-        for row in read_attempts(path):
-            if row["outcome"] == OK or "refused" in row:
-                judge = (row["model"], row["endpoint"])
-                question = (question_key(row["request"]["messages"]), row["form"], row["draw"])
-                if row["outcome"] == OK:
-                    replies[judge].setdefault(question, row["reply"])
-                else:
-                    refused[judge].setdefault(question, row["refused"])
-        judges = sorted(replies.keys() | refused.keys())
-        fitting = [j for j in judges if model in ("", j[0]) and url.rstrip("/") in ("", j[1])]
-        if len(fitting) != 1:
-            names = [name for name, _ in judges]
-            ways = [n if names.count(n) == 1 else f"{n}@{at}" for n, at in judges]
-            raise ValueError(
-                f"{path}: judgements of one judge are needed, and "
-                + (f"{len(fitting)} judges fit" if fitting else "no judge fits")
-                + "; give one of: "
-                + (", ".join(f"--judge replay:{path}@{way}" for way in ways) or "another file")
-            )
-        [(self.model, self.endpoint)] = fitting
-        self._replies = replies[fitting[0]]
-        self._refused = {q: w for q, w in refused[fitting[0]].items() if q not in self._replies}
-
-    async def ask(self, messages: Sequence[dict], form: Form, draw: int = 0) -> object:
-        """As ChatClient.ask."""
-        question = (question_key(messages), form.name, draw)
-        if question in self._replies:
-            return form.parse(unfenced(self._replies[question]))
-        if question in self._refused:
-            text = (
-                f"{self.path}: {self.model} refused this text for good: {self._refused[question]}"
-            )
-            if [*self._refused].index(question) < self.skip_refused:
-                raise Refused(text)
-            raise JudgeError(f"{text}. Give --client.skip_refused as when it was judged", True)
-        raise JudgeError(
-            f"{self.path} has no {form.name} of {self.model} (draw {draw}) for the question "
-            f"that ends in {messages[-1]['content'][-80:]!r}; replay has only the judgements "
-            "on file, so use the same references and template as when they were made",
-            about_text=True,
-        )
-
-    def stop(self, reason: str) -> None:
-        """As ChatClient.stop; no request is ever sent."""
-
-    def close(self) -> None:
-        """As ChatClient.close; there is nothing to write."""
-
-    def take_counts(self) -> dict[str, float]:
-        """As ChatClient.take_counts; no request is ever sent."""
-        return {"calls": 0.0, "failed": 0.0, "cost": 0.0}
 
 
 class Background:

@@ -132,7 +132,7 @@ def prices(model: str, config: ClientConfig) -> tuple[float | None, float | None
     )
 
 
-def located(model: str, endpoint: Endpoint) -> Endpoint:
+def with_url(model: str, endpoint: Endpoint) -> Endpoint:
     """The endpoint with its URL filled in and without a slash at its end. Raises ValueError for a
     URL that cannot be used; the message does not quote it."""
     given = endpoint.base_url or judge_defaults(model).base_url or os.environ.get("OPENAI_BASE_URL")
@@ -160,7 +160,7 @@ class Service:
         self.model, self.endpoint, self.config = model, endpoint, config
         self.output = defaults.output if endpoint.output == "auto" else endpoint.output
         self.key_variable = config.key_variable or defaults.key_variable
-        self.base_url = located(model, endpoint).base_url
+        self.base_url = with_url(model, endpoint).base_url
         self.price_in, self.price_out = prices(model, config)
         self.key = self._read_key()
         self.request_parameters = {**defaults.request, **self._read_request()}

@@ -53,6 +53,8 @@ class Attempt(NamedTuple):
 
 
 class Cause(NamedTuple):
+    """A cause that an error tells by its words or its status."""
+
     name: str
     fault: Fault
     remedy: str  # {key} stands for the variable that holds the key
@@ -136,6 +138,8 @@ def read_error(
         status = said.status or (400 if final else 500)
     passing = status in RETRIED or status >= 500
     cause = next((c for c in fits if c.always or not passing), BY_STATUS.get(status))
+    if status in (401, 403) or (cause and cause.remedy == KEY):
+        said = said._replace(text=_masked(said.text), sentence=_masked(said.sentence))
     attempt = Attempt(
         outcome if cause is None else f"{outcome}, {cause.name}",
         reply=said.text,
@@ -161,7 +165,6 @@ class _Said(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> "_Said":
-        text = re.sub(r"[\w-]*(\*{2,}|\.{3}|…)[\w*-]+", "[key]", text)  # a key, partly hidden
         try:
             body = json.loads(text)
         except (ValueError, RecursionError):
@@ -214,6 +217,11 @@ def plain(text: str) -> str:
     """One line of at most 400 characters, without HTML."""
     text = re.sub(r"<(script|style)\b.*?</\1>|<[/!a-z][^>]*>", " ", text, flags=re.S | re.I)
     return " ".join(text.split())[:400]
+
+
+def _masked(text: str) -> str:
+    """Text without words that show a part of a key and hide the rest, as sk-ab****yz."""
+    return re.sub(r"[\w-]*(\*{2,}|\.{3}|…)[\w*-]+", "[key]", text)
 
 
 def _change(said: _Said, request: dict, service: Service) -> str:

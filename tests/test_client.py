@@ -7,39 +7,21 @@ import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from types import SimpleNamespace
 
 import pytest
+from asking import FAST, LOOP, TURNS, make, score
 from fake_judge import FAULTS, GOOD, Reply
 
 import cycle
 import evaluate
 from config import EVALUATION_MAY_CHANGE, CellConfig, Config
-from judge import LLMJudge, located, make_judge
-from judging.client import Background, ChatClient, JudgeError, Replay
+from judge import make_judge, with_judge_url
+from judging.client import JudgeError
 from judging.endpoint import ClientConfig, Endpoint, Service, prices
 from judging.errors import retry_after
-from judging.ledger import Ledger, cache_key, read_attempts, render_totals, totals
+from judging.ledger import cache_key, read_attempts, render_totals, totals
+from judging.replay import Replay
 from storage.logbook import check_same_config
-
-TURNS = [{"role": "user", "content": "Why is the sky blue?"}]
-LOOP = Background()
-FAST = ClientConfig(backoff=0.01, backoff_max=0.02, attempts=4)
-
-
-def make(folder, config=FAST, concurrency=4, model="some-judge", endpoint=Endpoint(), start=None):  # noqa: B008
-    service = Service(model, endpoint, config)
-    return LLMJudge(ChatClient(service, concurrency, Ledger(folder / "ledger.jsonl", start)))
-
-
-def score(judge, *answers):
-    """Scores or JudgeErrors of all answers, asked for together."""
-
-    async def together():
-        works = [judge.score(TURNS, a) for a in answers]
-        return await asyncio.gather(*works, return_exceptions=True)
-
-    return LOOP.submit(together()).result()
 
 
 def lines(folder):
@@ -84,6 +66,7 @@ def test_the_table_knows_the_papers_judges(monkeypatch):
     )
     assert gpt.base_url == "http://localhost:1/v1" and gpt.key == "key of OPENAI_API_KEY"
     assert "anthropic.com" in claude.base_url and claude.key == "key of ANTHROPIC_API_KEY"
+    assert (gpt.output, claude.output, gemini.output) == ("schema", "text", "schema")
     assert "googleapis.com" in gemini.base_url and gemini.key == "key of GEMINI_API_KEY"
     # 1,000 tokens in at 2.5 a million and 100 out at 15.
     assert gpt.cost(1000, 100) == pytest.approx(0.0025 + 0.0015)
@@ -154,6 +137,12 @@ def test_after_the_last_try_there_is_an_error_and_no_score(fake_judge, tmp_path)
     assert [row.get("outcome") for row in lines(tmp_path)] == ["empty reply"] * 4 + [None]
     fake_judge.replies = []
     assert isinstance(score(make(tmp_path), "Scattering.")[0], tuple)  # a later start goes on
+
+
+def test_a_key_that_is_a_word_is_taken_out_as_a_word(fake_judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "no")
+    service = Service("some-judge", Endpoint(), FAST)
+    assert service.without_key("no, not now: 'no'") == "[key], not now: '[key]'"
 
 
 def test_retry_after_is_honoured_as_number_as_date_and_in_milliseconds(fake_judge, tmp_path):
@@ -267,7 +256,7 @@ def test_a_run_keeps_its_endpoint(tmp_path, monkeypatch):
 
     def config(url, given="", **changes):
         monkeypatch.setenv("OPENAI_BASE_URL", url)
-        return located(
+        return with_judge_url(
             CellConfig(model="m", data="d", name="x", endpoint=Endpoint(given), **changes)
         )
 
@@ -367,41 +356,3 @@ def test_an_older_ledger_whose_url_ends_in_a_slash_is_still_paid_for(fake_judge,
     tries = list(read_attempts(tmp_path / "ledger.jsonl"))
     assert render_totals(tries).count(" at http") == 1 and totals(tries)["judgements"] == 2
     assert Replay(tmp_path / "ledger.jsonl").endpoint == fake_judge.url
-
-
-def test_replay_answers_from_a_file_or_not_at_all(fake_judge, tmp_path):
-    first = score(make(tmp_path), "Same.", "Other.")
-    asked = len(fake_judge.bodies)
-    path = tmp_path / "ledger.jsonl"
-    replayed = LLMJudge(Replay(path))
-    assert score(replayed, "Same.", "Other.") == first and replayed.name == "some-judge"
-    [error] = score(replayed, "New.")
-    assert isinstance(error, JudgeError) and "has no scores of some-judge" in str(error)
-    assert len(fake_judge.bodies) == asked
-    with pytest.raises(ValueError, match="no such file"):
-        Replay(tmp_path / "none.jsonl")
-
-
-def test_replay_needs_one_judge_and_says_how_to_name_it(fake_judge, tmp_path):
-    """A judge at two URLs, another at one; the URL's last slash does not matter."""
-    path, local = tmp_path / "ledger.jsonl", fake_judge.url.replace("127.0.0.1", "localhost")
-    first = score(make(tmp_path), "Same.")
-    score(make(tmp_path, model="@cf/another"), "Same.")
-    for url in (local, local + "/"):
-        score(make(tmp_path, endpoint=Endpoint(base_url=url)), "Same.", "Other.")
-
-    def judge(name):
-        config = SimpleNamespace(judge=f"replay:{path}{name}", client=FAST)
-        return make_judge(config, tmp_path / "none.jsonl")
-
-    ways = (f"@@cf/another, --judge replay:{path}@some-judge@{fake_judge.url}, "
-            f"--judge replay:{path}@some-judge@{local}")  # fmt: skip
-    for ambiguous in ("", "@some-judge", "@third"):
-        with pytest.raises(ValueError) as caught:
-            judge(ambiguous)
-        assert str(caught.value).endswith(f"give one of: --judge replay:{path}{ways}")
-    for name in (f"@some-judge@{fake_judge.url}", f"@some-judge@{fake_judge.url}/"):
-        assert score(judge(name), "Same.") == first
-        assert isinstance(score(judge(name), "Other.")[0], JudgeError)  # asked at the other URL
-    assert isinstance(score(judge(f"@some-judge@{local}"), "Other.")[0], tuple)
-    assert judge("@@cf/another").name == "@cf/another"

@@ -1,7 +1,6 @@
 """What endpoints send back when they do not judge, and replies in forms of their own:
 .venv/bin/python -m pytest tests/test_errors.py"""
 
-import asyncio
 import json
 import re
 import socket
@@ -10,40 +9,17 @@ import sys
 from dataclasses import replace
 
 import pytest
+from asking import FAST, attempts, make, score
 from fake_judge import GOOD, Reply
 
 from judge import LLMJudge, make_judge
-from judging.client import Background, ChatClient, JudgeError, Refused, Replay
-from judging.endpoint import ClientConfig, Endpoint, Service
+from judging.client import JudgeError
+from judging.endpoint import Endpoint, Service
 from judging.errors import Fault, read_no_response
-from judging.ledger import Ledger, read_attempts, totals
+from judging.replay import Replay
 
 KEY = "sk-secret-for-tests"  # as the fixture fake_judge sets it
-TURNS = [{"role": "user", "content": "Why is the sky blue?"}]
-LOOP = Background()
-FAST = ClientConfig(backoff=0.01, backoff_max=0.02, attempts=4)
 SCORES = (8, 7, 6, 1, 0)  # GOOD
-
-
-def make(folder, config=FAST, endpoint=Endpoint(), start=None, model="some-judge"):  # noqa: B008
-    ledger = Ledger(folder / "ledger.jsonl", start)
-    return LLMJudge(ChatClient(Service(model, endpoint, config), 4, ledger))
-
-
-def score(judge, *answers):
-    """Scores or JudgeErrors of all answers, one asked after the other."""
-
-    async def in_turn():
-        got = []
-        for answer in answers:
-            got += await asyncio.gather(judge.score(TURNS, answer), return_exceptions=True)
-        return got
-
-    return LOOP.submit(in_turn()).result()
-
-
-def attempts(folder):
-    return list(read_attempts(folder / "ledger.jsonl"))
 
 
 # -------------------------------------------------------------------------------------- HTTP errors
@@ -231,7 +207,7 @@ def test_an_endpoint_that_is_never_reached_is_a_mistake_in_the_settings(
     for name, value in environment.items():
         no_proxy.setenv(name, value.format(port=dead_port))
     endpoint = Endpoint(base_url=url.format(port=dead_port))
-    [got] = score(make(tmp_path, replace(FAST, attempts=8), endpoint), "Scattering.")
+    [got] = score(make(tmp_path, replace(FAST, attempts=8), endpoint=endpoint), "Scattering.")
     assert re.search(f"no usable reply in 3 attempts, the last: {outcome}: .*; {remedy}", str(got))
     assert [row["outcome"] for row in attempts(tmp_path)] == [outcome] * 3 and not got.about_text
 
@@ -354,80 +330,3 @@ def test_a_paid_reply_is_kept_whatever_is_said_of_its_tokens(fake_judge, tmp_pat
     assert score(make(tmp_path), "Scattering.") == [SCORES]
     [row] = attempts(tmp_path)
     assert (row["tokens_in"], row["tokens_out"]) == tokens
-
-
-# ---------------------------------------------------------------------------------------- refusals
-
-FILTER = Reply(status=400, body=json.dumps(FILTERED))
-DECLINE = Reply("", refusal="I cannot judge this.")
-
-
-def skip(n: int) -> ClientConfig:
-    return replace(FAST, skip_refused=n)
-
-
-def test_refused_texts_are_passed_over_up_to_the_number_allowed(fake_judge, tmp_path):
-    """Each once, over all launches; none is asked again while some are allowed."""
-    fake_judge.replies = [FILTER, Reply(), FILTER]
-    one, two, three, four = score(make(tmp_path, skip(1), start=1), "1", "2", "3", "4")
-    assert type(one) is Refused and isinstance(two, tuple) and AZURE[:-1] in str(one)
-    assert type(three) is JudgeError and three.about_text
-    assert "it is 1, and this is number 2" in str(three)
-    assert str(four) == str(three) and not four.about_text  # stopped by another question
-    assert [len(fake_judge.bodies), totals(attempts(tmp_path))["refused"]] == [3, 2]
-    # The same command again; then more are allowed; then none, so that all are asked again.
-    one, two, three = score(make(tmp_path, skip(1), start=2), "1", "2", "3")
-    assert type(one) is Refused and isinstance(two, tuple) and type(three) is JudgeError
-    one, three, four = score(make(tmp_path, skip(2), start=3), "1", "3", "4")
-    assert type(one) is type(three) is Refused and isinstance(four, tuple)
-    assert len(fake_judge.bodies) == 4
-    assert isinstance(score(make(tmp_path, start=4), "1")[0], tuple) and len(fake_judge.bodies) == 5
-    # What has a judgement now is not counted any more.
-    assert type(score(make(tmp_path, skip(1), start=5), "3")[0]) is Refused
-    assert totals(attempts(tmp_path))["refused"] == 1
-
-
-def test_refused_texts_are_counted_by_judge_and_over_the_ranks(fake_judge, tmp_path):
-    fake_judge.replies = [FILTER, FILTER, FILTER, Reply()]
-    first, second = (make(tmp_path, skip(1), start=1) for _ in range(2))
-    other = make(tmp_path, skip(1), start=1, model="another")
-    assert type(score(first, "1")[0]) is Refused and type(score(other, "1")[0]) is Refused
-    assert type(score(second, "1")[0]) is Refused and len(fake_judge.bodies) == 2
-    assert type(score(second, "2")[0]) is JudgeError
-    assert str(score(first, "3")[0]) == str(score(other, "3")[0])  # both stop
-    assert len(fake_judge.bodies) == 3
-
-
-DECLINED = {
-    "each time": ([DECLINE] * 4, Refused),
-    "filtered": ([Reply(GOOD, finish="content_filter")] * 4, Refused),
-    "with a busy server": ([DECLINE, Reply(status=429), DECLINE, DECLINE], Refused),
-    "with a reply that does not count": ([DECLINE, Reply("Eight."), DECLINE, DECLINE], JudgeError),
-    "not the last time": ([DECLINE, DECLINE, Reply("Eight."), Reply(status=503)], JudgeError),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", DECLINED)
-def test_a_judge_that_declines_in_every_reply_refuses_the_text(fake_judge, tmp_path, case):
-    fake_judge.replies, kind = [*DECLINED[case][0]], DECLINED[case][1]
-    [got] = score(make(tmp_path, skip(1)), "Scattering.")
-    assert type(got) is kind and len(fake_judge.bodies) == 4
-    assert ["refused" in row for row in attempts(tmp_path)] == [False] * 3 + [kind is Refused]
-    if case == "each time":
-        assert "refuses this text for good: refusal: I cannot judge this" in str(got)
-
-
-def test_of_a_pair_the_other_order_is_waited_for(fake_judge, tmp_path):
-    fake_judge.replies = [FILTER, Reply('{"better": "A"}', delay=0.2)]
-    with pytest.raises(Refused):
-        LOOP.submit(make(tmp_path, skip(1)).prefer(TURNS, "One.", "Two.")).result()
-    assert [row["outcome"] for row in attempts(tmp_path)] == ["HTTP 400, content filter", "ok"]
-
-
-def test_replay_knows_what_was_refused(fake_judge, tmp_path):
-    fake_judge.replies = [FILTER, FILTER]
-    score(make(tmp_path, skip(2)), "1", "2", "3")
-    path = tmp_path / "ledger.jsonl"
-    one, two, three = score(LLMJudge(Replay(path, skip_refused=1)), "1", "2", "3")
-    assert type(one) is Refused and isinstance(three, tuple)
-    assert type(two) is JudgeError and "Give --client.skip_refused as when" in str(two)
