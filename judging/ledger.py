@@ -42,7 +42,7 @@ def _as_now(row: dict) -> dict:
     if str(row.get("endpoint")).endswith("/"):
         row["endpoint"] = row["endpoint"].rstrip("/")
         if "request" in row:
-            row["key"] = cache_key(row["endpoint"], row["request"], row["draw"])
+            row["key"] = cache_key(row["endpoint"], row["request"], row.get("draw", 0))
     return row
 
 
@@ -86,7 +86,7 @@ class Ledger:
             self.calls += 1
             self.cost += row["cost"] or 0.0
             row = _as_now(row)
-            refused = self.refused[row["model"], row["endpoint"]]
+            refused = self.refused[row.get("model"), row.get("endpoint")]
             if row["outcome"] == OK:
                 self.replies.setdefault(row["key"], row["reply"])
                 refused.pop(row["key"], None)
