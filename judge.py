@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import reward
-from judging.client import ChatClient, Refused, connection
+from judging.client import ChatClient, JudgeError, Refused, connection
 from judging.endpoint import Form, Service, with_url
 from judging.heuristic import HeuristicJudge
 from judging.ledger import Ledger
@@ -146,10 +146,11 @@ async def prefer(judge, conversation: Sequence[Turn], first: str, second: str) -
     return Preference(verdict, verdict, verdict)
 
 
-async def ask_all(works: Sequence, label: str) -> list:
+async def ask_all(works: Sequence, label: str, names: Sequence[str]) -> list:
     """Run coroutines that ask a judge, with a progress bar, and return their results, None where
     the judge refused and --client.skip_refused allows that. If one fails, its JudgeError is raised
-    after requests in flight have finished: they are paid for, and their replies are recorded."""
+    after requests in flight have finished: they are paid for, and their replies are recorded.
+    `names` says what each is about, for the error."""
     bar = progress(total=len(works), desc=label)
 
     async def with_progress(work):
@@ -161,7 +162,9 @@ async def ask_all(works: Sequence, label: str) -> list:
     with bar:
         results = await asyncio.gather(*map(with_progress, works), return_exceptions=True)
     results = [None if isinstance(result, Refused) else result for result in results]
-    for result in results:
+    for name, result in zip(names, results, strict=True):
+        if isinstance(result, JudgeError):
+            raise result.named(name)
         if isinstance(result, BaseException):
             raise result
     return results

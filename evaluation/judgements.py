@@ -182,7 +182,10 @@ def judge_again(judge, answers: Sequence[Answer], repeat: int) -> list[list[Scor
         for a in answers
         for draw in range(repeat)
     ]
-    flat = Background().submit(ask_all(works, f"judging by {judge.name}")).result()
+    names = [
+        f"prompt {a.prompt.id}, answer {a.text[:40]!r}" for a in answers for _ in range(repeat)
+    ]
+    flat = Background().submit(ask_all(works, f"judging by {judge.name}", names)).result()
     return [flat[i : i + repeat] for i in range(0, len(flat), repeat)]
 
 
@@ -253,7 +256,9 @@ def compare_pairs(judge, ours: Source, theirs: Source, prompts: dict, limit: int
     ]
     pairs = draw(pairs, limit, seed)
     works = [prefer(judge, prompts[i].conversation, one, two) for i, one, two in pairs]
-    preferences = Background().submit(ask_all(works, f"comparing by {judge.name}")).result()
+    names = [f"prompt {i}" for i, _, _ in pairs]
+    asked = ask_all(works, f"comparing by {judge.name}", names)
+    preferences = Background().submit(asked).result()
     judged = [(i, p) for (i, _, _), p in zip(pairs, preferences, strict=True) if p is not None]
     table = metrics.win_rate([i for i, _ in judged], [p for _, p in judged])
     title = f"{ours.name} against {theirs.name}, by {judge.name}, both orders"

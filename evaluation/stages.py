@@ -191,7 +191,9 @@ def compare_with_base(base: CellConfig, cell: CellConfig, prompts: dict[str, Pro
     ]
     judge = make_judge(cell, cell.folder.judge_cache)
     works = [prefer(judge, prompts[r.prompt_id].conversation, r.answer, o.answer) for r, o in pairs]
-    preferences = Background().submit(ask_all(works, f"{cell.name} against the base")).result()
+    names = [f"prompt {r.prompt_id}, sample {r.sample}" for r, _ in pairs]
+    asked = ask_all(works, f"{cell.name} against the base", names)
+    preferences = Background().submit(asked).result()
     lines = [
         line_about(r, r.weight_version, **p._asdict(), longer_by=len(r.answer) - len(o.answer))
         for (r, o), p in zip(pairs, preferences, strict=True)

@@ -49,6 +49,10 @@ class JudgeError(RuntimeError):
         super().__init__(message)
         self.about_text = about_text
 
+    def named(self, text: str) -> "JudgeError":
+        """The error with the name of the text that was to be judged, if it is about that."""
+        return JudgeError(f"{text}: {self}", True) if self.about_text else self
+
 
 class Refused(JudgeError):
     """The judge refuses this text for good, and --client.skip_refused allows for it: the question
