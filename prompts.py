@@ -91,6 +91,45 @@ def parse_self_eval(text: str) -> SelfEval | None:
     return SelfEval(answer.strip(), tuple(int(digit) for digit in body.groups()))
 
 
+_ANY_VALUES = re.compile(
+    rf"{_WS}\{{{_WS}"
+    + (_WS + "," + _WS).join(rf'"{a}"{_WS}:([^,{{}}]*)' for a in ATTRIBUTES)
+    + rf"\}}{_WS}"
+)
+
+
+def why_malformed(text: str) -> str | None:
+    """The first reason for which `parse_self_eval` finds a response malformed, in words; None if it
+    is well-formed."""
+    if parse_self_eval(text) is not None:
+        return None
+    for tag in (OPEN, CLOSE):
+        if text.count(tag) != 1:
+            return f"more than one {tag}" if tag in text else f"no {tag}"
+    answer, _, rest = text.partition(OPEN)
+    body, close, after = rest.partition(CLOSE)
+    if not close:
+        return f"{CLOSE} before {OPEN}"
+    if after.strip():
+        return "text after the block"
+    if not answer.strip():
+        return "no answer before the block"
+    if match := _ANY_VALUES.fullmatch(body):
+        values = [value.strip(" \t\n\r") for value in match.groups()]
+        k = next(k for k, value in enumerate(values) if value not in list("0123456789"))
+        return f"{ATTRIBUTES[k]} is {values[k][:20]!r}, not one digit 0-9"
+    try:
+        pairs = json.loads(body, object_pairs_hook=list)
+        keys = [key for key, _ in pairs]
+    except (ValueError, TypeError, RecursionError):
+        return "the block holds no JSON object"
+    if missing := [a for a in ATTRIBUTES if a not in keys]:
+        return f"the block lacks {missing[0]}"
+    if other := [key for key in keys if key not in ATTRIBUTES]:
+        return f"the block has another key, {other[0][:20]}"
+    return "the block's keys are not the five in their order, each once"
+
+
 def decode(tokenizer, ids: Sequence[int]) -> str:
     """Text of sampled token ids, special tokens included, without clean-up of spaces."""
     return tokenizer.decode(
