@@ -198,6 +198,7 @@ def predictors(results: Results) -> Table:
         "reference responses. Ceiling: the judge against itself. Skill: "
         "(calibration - window constant) / (ceiling - window constant).",
         rows(results, columns),
+        higher=("its scores", "most probable", "skill"),
     )
 
 
@@ -216,6 +217,7 @@ def answers_by_scorers(results: Results) -> Table:
             for b, m, cells in results.each()
             if any(cells[0].digits.values())
         ],
+        higher=columns,
     )
 
 
@@ -250,6 +252,7 @@ def discrimination(results: Results) -> Table:
         "count half; 0.5 is chance), and Kendall's tau-b; within prompts, and between the prompts' "
         "means.",
         rows(results, columns, lambda c: c.valid),
+        higher=[header for header in columns if header != "pairs"],
     )
 
 
@@ -293,6 +296,7 @@ def choice_of_responses(results: Results) -> Table:
         "probable, not sampled). Answers read: for the forced block, which leaves out empty "
         "answers, and malformed ones that were not judged.",
         rows(results, columns),
+        higher=[header for header in columns if header != "answers read"],
     )
 
 

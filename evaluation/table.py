@@ -8,7 +8,7 @@ evaluations where there are several (intervals.py).
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -157,15 +157,25 @@ def rows(
 @dataclass
 class Table:
     """`frame`: a row per benchmark, model, ...; key columns first, then a column per figure, whose
-    entries are Figures."""
+    entries are Figures. `higher`, `lower`: headers of the columns in which a higher, or a lower,
+    figure is the better one."""
 
     title: str
     note: str
     frame: pd.DataFrame
+    higher: Collection[str] = ()
+    lower: Collection[str] = ()
 
     @classmethod
-    def of(cls, title: str, note: str, rows: Sequence[Mapping[str, Figure]]) -> "Table":
-        return cls(title, note, pd.DataFrame(rows, dtype=object))
+    def of(
+        cls,
+        title: str,
+        note: str,
+        rows: Sequence[Mapping[str, Figure]],
+        higher: Collection[str] = (),
+        lower: Collection[str] = (),
+    ) -> "Table":
+        return cls(title, note, pd.DataFrame(rows, dtype=object), higher, lower)
 
     @property
     def file_name(self) -> str:

@@ -61,6 +61,8 @@ def distributions(results: Results, before: str) -> Table:
         f"Ten-digit distributions, after the {'model' if before == 'own' else 'judge'}'s digits",
         note,
         rows(results, columns, lambda c: c.log_probabilities("own")[0]),
+        higher=("AUROC",),
+        lower=[header for header in columns if header != "AUROC"],
     )
 
 
@@ -97,6 +99,8 @@ def errors(results: Results) -> Table:
             if cells[0].valid
             for a, attribute in enumerate(ATTRIBUTES)
         ],
+        higher=("kappa", "correlation"),
+        lower=("bias", "spread", "rest"),
     )
 
 
@@ -129,6 +133,7 @@ def sensitivity(results: Results) -> Table:
         "prompt's, and when its second half is cut off; both should be negative. Copied: share of "
         "score vectors that stand in a few-shot example.",
         rows(results, columns, lambda c: c.sensitivity),
+        lower=("another prompt's answer", "half of the answer"),
     )
 
 

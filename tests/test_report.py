@@ -283,6 +283,15 @@ def test_the_controls_by_hand(made):
     assert begins(best["random"], (a + b + c + d) / 4)
 
 
+@pytest.mark.parametrize(("judge", "order_bias"), [("gpt-5.4", "0.333"), ("rubric:0.3", "-")])
+def test_an_offline_judge_has_no_order_bias(made, judge, order_bias):
+    """It compares scores, so that its 0 would say nothing."""
+    for path in (made.root / "x").glob("*/*/config.json"):
+        write_text(path, json.dumps(json.loads(path.read_text()) | {"judge": judge}))
+    row = one(tables(made.root / "x")["Win-rates against base"], model="see")
+    assert row["order bias"].split(" ")[0] == order_bias
+
+
 def test_the_mean_human_label_of_the_references(tmp_path, tokenizer):
     m = Maker(tmp_path, tokenizer)
     labels = dict(zip(ATTRIBUTES, (4, 3, 2, 1, 0), strict=True))
