@@ -55,6 +55,7 @@ class Cell:
     preferences: list[dict] = field(default_factory=list)
     summary: dict = field(default_factory=dict)
     evaluation: "Evaluation | None" = field(default=None, repr=False)  # that it is a part of
+    run: Path | None = None  # whose own rollouts these are
 
     @cached_property
     def valid(self) -> list[Rollout]:
@@ -294,7 +295,7 @@ def load_run(path: Path) -> Cell:
         raise ValueError(f"{path}: no run of cycle.py there; give runs/NAME")
     if not (rollouts := run.all_rollouts()):
         raise ValueError(f"{run.rollouts(1)}: no rollout there yet; let the run take a step")
-    return Cell(TRAINING, path.name, run.config(), rollouts)
+    return Cell(TRAINING, path.name, run.config(), rollouts, run=path)
 
 
 def read_newest(path: Path) -> list[dict]:

@@ -21,6 +21,7 @@ from evaluation.results import Cell, Evaluation
 Figure = Interval | float | int | str | None
 Column = Callable[[list[Cell]], Figure]
 Values = tuple[Sequence[float], Sequence]  # one number per response, and its prompt's id
+P_VALUES = ("p", "corrected p")
 PAPER = " (paper)"  # a column NAME (paper) holds the paper's figures beside those of NAME
 
 
@@ -187,7 +188,7 @@ class Table:
         shown = {}
         for header, column in self.frame.items():
             if not header.endswith(PAPER):
-                shown[header] = list(map(show, column))
+                shown[header] = [show(x, header) for x in column]
             else:
                 ours = header.removesuffix(PAPER)
                 shown[ours] = [
@@ -224,7 +225,7 @@ class Table:
         return pd.DataFrame(columns, dtype=object).to_csv(index=False)
 
 
-def show(figure: Figure) -> str:
+def show(figure: Figure, header: str = "") -> str:
     """0.731 [0.702, 0.760]"""
     match figure:
         case None:
@@ -235,5 +236,7 @@ def show(figure: Figure) -> str:
             return figure
         case int():
             return f"{figure:,}"
+        case _ if header in P_VALUES and figure < 0.001:
+            return "<0.001"
         case _:
             return f"{figure:.3f}"

