@@ -71,7 +71,9 @@ def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
         write_text(out / "csv" / f"{table.file_name}.csv", table.csv())
     head = summary.summary(every, tables, shlex.join(words))
     text = "\n\n\n".join(table.text() for table in tables) + "\n"
-    missing = "".join(f"Unfinished: {sentence}\n" for sentence in dict(head).get("Unfinished", ()))
+    missing = "".join(
+        f"Unfinished: {sentence}\n" for sentence in dict(head).get(summary.UNFINISHED, ())
+    )
     text = f"{missing}\n{text}" if missing else text
     write_text(out / "tables.txt", text)
     write_text(out / "tables.md", "\n\n".join(table.markdown() for table in tables) + "\n")
@@ -94,13 +96,14 @@ def make_tables(results: Results, others: Sequence[Results] = ()) -> list[Table]
 
 def draw(results: Results | None, runs: Sequence[Path], out: Path) -> list[Drawn]:
     """Draw what there is to draw."""
-    drawn = [figures.training(runs, out / "training.png")]
+    drawn = []
     if results:
         drawn += [
             figures.figure_2(results, out / "figure2.png"),
             figures.figure_3(results, out / "figure3.png"),
             figures.figure_4(results, out / "figure4.png"),
         ]
+    drawn.append(figures.training(runs, out / "training.png", results))
     return [figure for figure in drawn if figure]
 
 

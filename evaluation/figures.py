@@ -108,9 +108,7 @@ def figure_2(results: Results, path: Path) -> Drawn | None:
     ]
     fig, axes = plt.subplots(len(rows), 4, sharey="row", layout="constrained",
                              figsize=(14, 3 * len(rows)))  # fmt: skip
-    looks = {
-        run: look_of_run(results, by_model, k) for k, (run, by_model) in enumerate(runs.items())
-    }
+    looks = looks_of_runs(results, runs)
     for (benchmark, name, column), row in zip(rows, axes, strict=True):
         for run, by_model in runs.items():
             by_model = {results.base: Costs(0, 0, 0, 0)} | by_model
@@ -122,10 +120,14 @@ def figure_2(results: Results, path: Path) -> Drawn | None:
     return _save(fig, path, title, looks)
 
 
-def look_of_run(results: Results, models: Sequence[str], otherwise: int) -> int:
-    """The number of the last of a run's models in the tables, so that it has one colour in all
-    figures."""
-    return max((results.models.index(m) for m in models if m in results.models), default=otherwise)
+def looks_of_runs(results: Results | None, runs: Iterable[str]) -> dict[str, int]:
+    """Number of each run's colour: that of its last model in the tables, so that it has one colour
+    in all figures."""
+    model_of = {}  # run -> number of its last model
+    for k, model in enumerate(results.models if results else ()):
+        path = Path(results.cells(results.benchmarks[0], model)[0].config["model"])
+        model_of[path.parent.parent.name] = k
+    return {run: model_of.get(run, k) for k, run in enumerate(runs)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def by_judge_score(c: Cell, score: int) -> Values:
 # Training
 
 
-def training(runs: Sequence[Path], path: Path) -> Drawn | None:
+def training(runs: Sequence[Path], path: Path, results: Results | None = None) -> Drawn | None:
     """Means over each RL step of the runs' own rollouts; a line at the end of each cycle."""
     names = ("quality", "calibration", "well_formed", "response_tokens")
     steps = {run.name: [x for x in RunFolder(run).metrics() if x["phase"] == "rl"] for run in runs}
@@ -182,17 +184,18 @@ def training(runs: Sequence[Path], path: Path) -> Drawn | None:
     if not any(steps.values()):
         return None
     fig, axes = plt.subplots(1, len(names), figsize=(15, 3.2), layout="constrained")
+    looks = looks_of_runs(results, steps)
     first = next(iter(steps.values()))
     ends = {x["cycle"]: x["sample_passes"] for x in first}
     for name, axis in zip(names, axes, strict=True):
-        for k, (run, lines) in enumerate(steps.items()):
+        for run, lines in steps.items():
             points = [(x["sample_passes"], x[name]) for x in lines if x[name] is not None]
-            axis.plot(*zip(*points, strict=True), label=run, color=colour(k))
+            axis.plot(*zip(*points, strict=True), label=run, color=colour(looks[run]))
         for end in list(ends.values())[:-1]:
             axis.axvline(end, color="gray", linewidth=0.4)
         axis.set_xlabel("sample-passes")
         axis.set_ylabel(name.replace("_", " "))
-    return _save(fig, path, "Training: means over each RL step's own rollouts", _looks(steps))
+    return _save(fig, path, "Training: means over each RL step's own rollouts", looks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,6 +241,7 @@ def _save(fig: plt.Figure, path: Path, title: str, looks: Mapping[str, int]) -> 
                         ncols=len(looks), frameon=False)  # fmt: skip
     for axis in fig.axes:
         axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
         axis.tick_params(labelleft=True)
     fig.savefig(path, dpi=130)
     legend.remove()  # the page has its own

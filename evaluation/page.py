@@ -94,10 +94,10 @@ def view(table: Table, starred: Collection[tuple[int, str]]) -> dict:
         usual = sizes.most_common(1)[0][0] if sizes else None
         cells = [
             cell(row[h], h, row.get(h + PAPER), usual)
-            | {"best": (k, h) in best, "star": (k, h) in starred}
+            | {"best": (k, h) in best, "star": (k, h) in starred, "number": h not in keys}
             for h in headers
         ]
-        n = cell(usual, "n", None, None)
+        n = cell(usual, "n", None, None) | {"number": True}
         groups.setdefault(row.get("benchmark", ""), []).append(
             [*cells[: len(keys)], n, *cells[len(keys) :]]
         )
@@ -135,7 +135,6 @@ def cell(figure, header: str, paper: float | None, usual: int | None) -> dict:
         "text": text,
         "detail": ", ".join(filter(None, detail)),
         "value": "" if value is None else value,
-        "number": not isinstance(figure, str),
     }
 
 

@@ -18,6 +18,7 @@ from storage.files import read_json
 from storage.record import answer_text
 from storage.run_folder import EvaluationFolder, Folder
 
+UNFINISHED, COMMANDS = "Unfinished", "Commands"  # terms
 Entries = list[tuple[str, list[str]]]  # (term, sentences)
 
 
@@ -26,29 +27,30 @@ def summary(cells: Sequence[Cell], tables: Sequence[Table], command: str) -> Ent
     folders = list(map(folder_of, cells))
     launches = [x for f in folders if f.env_file.exists() for x in read_json(f.env_file, list)]
     entries = [
-        ("Primary endpoint", [endpoint(tables)] if tables else []),
-        ("Unfinished", unfinished(cells)),
-        ("Answers", [answers(cells)]),
+        ("Primary endpoint", endpoint(tables) if tables else []),
+        (UNFINISHED, unfinished(cells)),
+        ("Answers", answers(cells)),
         ("Judge", judges(cells, folders)),
         ("Results made", sorted({made(launch) for launch in launches})),
-        ("by", list(dict.fromkeys(command_of(launch) for launch in launches))),
-        ("Report made", [f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {at_commit(*commit())}"]),
-        ("by", [command]),
+        ("Report made", [f"{datetime.now(UTC):%Y-%m-%d}, {at_commit(*commit())}"]),
+        (COMMANDS, [*dict.fromkeys(map(command_of, launches)), command]),
     ]
     return [(term, sentences) for term, sentences in entries if sentences]
 
 
-def endpoint(tables: Sequence[Table]) -> str:
+def endpoint(tables: Sequence[Table]) -> list[str]:
     """Whether the primary endpoint held, from the first row of the comparisons."""
     [row, *_] = next(t for t in tables if t.title == COMPARISONS).frame.to_dict("records")
-    about = f"{row['model']} on {row['benchmark']}: {row['difference']}"
-    interval, p = row["mean"], show(row["p"], "p")
+    about = (
+        f"{row['model']} on {row['benchmark']}: calibration minus that of the one score vector "
+        "that is best on the training window."
+    )
+    interval = row["mean"]
     if interval.mean is None:
-        return f"Cannot be computed ({about}): it needs evaluate.py's --training_run."
-    figure = f"{about} = {interval.text()}, p {p if p.startswith('<') else '= ' + p}"
-    held = significant(row) and interval.mean > 0
-    verdict = "Held" if held else "Not held"
-    return f"{verdict}. {figure}, n = {interval.n:,}."
+        return ["Cannot be computed: it needs evaluate.py's --training_run.", about]
+    p = show(row["p"], "p")
+    held = "Held" if significant(row) and interval.mean > 0 else "Not held"
+    return [f"{held}: {interval.text()}, p {p}, n {interval.n:,}.", about]
 
 
 def unfinished(cells: Sequence[Cell]) -> list[str]:
@@ -61,25 +63,32 @@ def unfinished(cells: Sequence[Cell]) -> list[str]:
             sentences.append(f"{where}: evaluate.py has not finished the answers.")
         refused = Counter(r.refused for r in cell.rollouts if r.refused)
         sentences += [f"{where}: {n:,} not judged: {reason}" for reason, n in refused.items()]
-    for stage, missing in {
-        "digits": lambda c: (
-            len(c.digits.get(c.model, {})) < sum(map(bool, map(answer_text, c.rollouts)))
-        ),
+    lacking = {
+        "digits": lambda c: len(c.digits.get(c.model, {})) < sum(map(bool, texts(c))),
         "sensitivity": lambda c: len(c.sensitivity) < sum(r.answer is not None for r in c.rollouts),
         "preferences": lambda c: c.model != evaluated[0].model and not c.preferences,
-    }.items():
-        if where := [f"{c.model} on {c.benchmark}" for c in evaluated if missing(c)]:
-            sentences.append(f"Stage {stage} of evaluate.py is missing: {', '.join(where)}.")
+    }
+    for stage, lacks in lacking.items():
+        if where := [f"{c.model} on {c.benchmark}" for c in evaluated if lacks(c)]:
+            sentences.append(f"Stage {stage} of evaluate.py: {', '.join(where)}.")
     return sentences
 
 
-def answers(cells: Sequence[Cell]) -> str:
-    rollouts = [r for cell in cells for r in cell.rollouts]
-    number = counts(rollouts)
-    return (
-        f"{len(rollouts):,}, of which {number[MALFORMED]:,} malformed and {number[NOT_JUDGED]:,} "
-        "not judged; these enter no mean."
-    )
+def texts(cell: Cell) -> list[str]:
+    return [answer_text(r) for r in cell.rollouts]
+
+
+def answers(cells: Sequence[Cell]) -> list[str]:
+    sentences = []
+    for kind, of_runs in (("to the benchmarks", False), ("in training", True)):
+        rollouts = [r for c in cells if (c.benchmark == TRAINING) == of_runs for r in c.rollouts]
+        n = counts(rollouts)
+        if rollouts:
+            sentences.append(
+                f"{len(rollouts):,} {kind}, of which {n[MALFORMED]:,} malformed and "
+                f"{n[NOT_JUDGED]:,} not judged; these enter neither figure."
+            )
+    return sentences
 
 
 def judges(cells: Sequence[Cell], folders: Sequence[Folder]) -> list[str]:
