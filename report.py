@@ -71,10 +71,8 @@ def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
         write_text(out / "csv" / f"{table.file_name}.csv", table.csv())
     head = summary.summary(every, tables, shlex.join(words))
     text = "\n\n\n".join(table.text() for table in tables) + "\n"
-    missing = "".join(
-        f"Unfinished: {sentence}\n" for sentence in dict(head).get(summary.UNFINISHED, ())
-    )
-    text = f"{missing}\n{text}" if missing else text
+    if unfinished := dict(head).get(summary.UNFINISHED):
+        text = "\n".join(["Unfinished:", *unfinished, "", text])
     write_text(out / "tables.txt", text)
     write_text(out / "tables.md", "\n\n".join(table.markdown() for table in tables) + "\n")
     title = ", ".join(map(str, (*command.results, *command.runs)))
