@@ -122,15 +122,15 @@ def cycle_of(cell: Cell) -> int | None:
 def verdict(cell: Cell, line: dict) -> str:
     """A line of preferences.jsonl in a sentence."""
     base, judge = next(iter(cell.evaluation.cells))[1], cell.config["judge"]
-    names = {1: f"{cell.model}'s", -1: f"{base}'s", 0: "a tie"}
+    better = {1: f"{cell.model}'s answer", -1: f"{base}'s answer", 0: "neither answer"}
     if offline_judge(judge):
-        return f"The better answer by {judge}'s scores: {names[line['result']]}."
-    first, second = names[line["shown_first"]], names[line["shown_second"]]
+        return f"Better by {judge}'s scores: {better[line['result']]}."
+    first, second = better[line["shown_first"]], better[line["shown_second"]]
     if first == second:
-        return f"The better answer by {judge}, in both orders: {first}."
+        return f"Better by {judge}, in both orders: {first}."
     return (
-        f"A tie, because {judge}'s two orders disagree: {first} with {cell.model}'s answer shown "
-        f"first, {second} with it shown second."
+        f"A tie by {judge}: better is {first} with {cell.model}'s shown first, and {second} with "
+        f"{base}'s shown first."
     )
 
 

@@ -76,18 +76,17 @@ function start({ prompts, answers, attributes }) {
   }
 
   function scores(a) {
-    const row = (name, values, flag = () => "") => make("tr", {},
-      make("th", { scope: "row", textContent: name }),
-      ...values.map(x => make("td", { textContent: x, className: flag(x) })));
-    const gaps = a.self.map((s, k) => s - a.judge[k]);
-    const head = ["", ...attributes].map(x => x ? make("th", { scope: "col", textContent: x })
-                                                 : make("td", {}));
-    const body = make("tbody", {}, row("model", a.self), row("judge", a.judge),
-      row("difference", gaps.map(x => x > 0 ? "+" + x : x < 0 ? "−" + -x : "0"),
-          x => Number(x.slice(1)) > 2 ? "far" : ""));
-    const table = make("table", { className: "scores" },
-      make("thead", {}, make("tr", {}, ...head)), body);
-    return make("div", { className: "wide", tabIndex: 0, role: "group", ariaLabel: "scores" }, table);
+    const th = (textContent, scope) => make("th", { textContent, scope });
+    const td = (textContent, className = "") => make("td", { textContent, className });
+    const names = ["attribute", "model", "judge", "difference"].map(name => th(name, "col"));
+    const rows = attributes.map((name, k) => {
+      const gap = a.self[k] - a.judge[k];
+      const signed = (gap > 0 ? "+" : gap < 0 ? "−" : "") + Math.abs(gap);
+      return make("tr", {}, th(name, "row"), td(a.self[k]), td(a.judge[k]),
+                  td(signed, Math.abs(gap) > 2 ? "far" : ""));
+    });
+    return make("table", { className: "scores" },
+      make("thead", {}, make("tr", {}, ...names)), make("tbody", {}, ...rows));
   }
 
   function answer(a, form) {
@@ -154,10 +153,12 @@ function start({ prompts, answers, attributes }) {
     get("choices").reset();
     page = 1;
     for (const [field, value] of new URLSearchParams(hash)) {
+      const known = FIELDS.includes(field);
       if (field === "page") page = parseInt(value) || 1;
-      else if (FIELDS.includes(field)) get(field).value = value;
-      if (field !== "page" && (!FIELDS.includes(field) || get(field).value !== value))
-        unknown.push(`${field}=${value}`);
+      else if (known) get(field).value = value;
+      if (field === "page" || known && get(field).value === value) continue;
+      if (known) get(field).value = "";
+      unknown.push(`${field}=${value}`);
     }
     get("message").hidden = !unknown.length;
     get("message").textContent = unknown.length
