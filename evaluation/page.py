@@ -16,7 +16,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import jinja2
-from markupsafe import Markup
 
 from evaluation.control_tables import COMPARISONS, differ_from_base, significant
 from evaluation.figures import Drawn
@@ -53,8 +52,8 @@ def page(
         units="evaluations" if results and len(results.evaluations) > 1 else "prompts",
         base=results.base if results else "",
         data=base64.b64encode(data).decode(),
-        style=Markup((FOLDER / "style.css").read_text()),
-        scripts=list(map(Markup, scripts)),
+        style=(FOLDER / "style.css").read_text(),
+        scripts=scripts,
         hashes=[f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests],
     )
 
