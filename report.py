@@ -78,7 +78,8 @@ def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
     title = ", ".join(map(str, (*command.results, *command.runs)))
     drawn = draw(results, command.runs, out)
     shown = answers.shown(first, command.show)
-    html = page.page(title, every[0].gamma, head, drawn, tables, results, shown)
+    units = summary.units(every)
+    html = page.page(title, every[0].gamma, head, units, drawn, tables, results, shown)
     write_text(out / "report.html", html)
     return text
 

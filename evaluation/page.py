@@ -31,12 +31,13 @@ def page(
     title: str,
     gamma: float,
     summary: Entries,
+    units: str,
     figures: Sequence[Drawn],
     tables: Sequence[Table],
     results: Results | None,
     answers: dict,
 ) -> str:
-    """The page. `answers`: answers.shown."""
+    """The page. `units`: what n counts. `answers`: answers.shown."""
     scripts = [(FOLDER / name).read_text() for name in ("tables.js", "answers.js")]
     digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
     data = gzip.compress(json.dumps(answers).encode(), mtime=0)  # a quarter of the size
@@ -49,7 +50,7 @@ def page(
         summary=summary,
         figures=figures,
         tables=views(tables, results),
-        units="evaluations" if results and len(results.evaluations) > 1 else "prompts",
+        units=units,
         base=results.base if results else "",
         data=base64.b64encode(data).decode(),
         style=(FOLDER / "style.css").read_text(),

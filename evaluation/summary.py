@@ -27,7 +27,8 @@ def summary(cells: Sequence[Cell], tables: Sequence[Table], command: str) -> Ent
     folders = list(map(folder_of, cells))
     launches = [x for f in folders if f.env_file.exists() for x in read_json(f.env_file, list)]
     entries = [
-        ("Primary endpoint", endpoint(tables) if tables else []),
+        ("Primary endpoint", endpoint(tables, units(cells)) if tables else []),
+        ("Result", result(tables[0]) if tables else []),
         (UNFINISHED, unfinished(cells)),
         ("Answers", answers(cells)),
         ("Judge", judges(cells, folders)),
@@ -38,7 +39,14 @@ def summary(cells: Sequence[Cell], tables: Sequence[Table], command: str) -> Ent
     return [(term, sentences) for term, sentences in entries if sentences]
 
 
-def endpoint(tables: Sequence[Table]) -> list[str]:
+def units(cells: Sequence[Cell]) -> str:
+    """What an interval's n counts."""
+    return (
+        "evaluations" if len({id(c.evaluation) for c in cells if c.evaluation}) > 1 else "prompts"
+    )
+
+
+def endpoint(tables: Sequence[Table], units: str) -> list[str]:
     """Whether the primary endpoint held, from the first row of the comparisons."""
     [row, *_] = next(t for t in tables if t.title == COMPARISONS).frame.to_dict("records")
     about = (
@@ -50,7 +58,20 @@ def endpoint(tables: Sequence[Table]) -> list[str]:
         return ["Cannot be computed: it needs evaluate.py's --training_run.", about]
     p = show(row["p"], "p")
     held = "Held" if significant(row) and interval.mean > 0 else "Not held"
-    return [f"{held}: {interval.text()}, p {p}, n {interval.n:,}.", about]
+    return [f"{held}: {interval.text()}, p {p}, n {interval.n:,} {units}.", about]
+
+
+def result(table: Table) -> list[str]:
+    """Quality and calibration of the last model and the base, by benchmark; from Tables 1 and 2."""
+    sentences = []
+    for benchmark, rows in table.frame.groupby("benchmark", sort=False):
+        figures = [
+            f"{row['model']} has quality {row['quality'].text()} and calibration "
+            f"{row['calibration'].text()}"
+            for row in rows.to_dict("records")
+        ]
+        sentences.append(f"{benchmark}: {'; '.join(dict.fromkeys([figures[-1], figures[0]]))}.")
+    return sentences
 
 
 def unfinished(cells: Sequence[Cell]) -> list[str]:

@@ -3,6 +3,7 @@ tests/test_page.py"""
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,13 +135,13 @@ def comparison(mean: float | None, p: float | None) -> Table:
 
 
 @pytest.mark.parametrize(("mean", "p", "says"), [
-    (0.125, 0.0001, "Held: 0.125 [0.125, 0.125], p <0.001, n 7."),
-    (0.125, 0.07, "Not held: 0.125 [0.125, 0.125], p 0.070, n 7."),
-    (-0.125, 0.0001, "Not held: -0.125 [-0.125, -0.125], p <0.001, n 7."),
+    (0.125, 0.0001, "Held: 0.125 [0.125, 0.125], p <0.001, n 7 prompts."),
+    (0.125, 0.07, "Not held: 0.125 [0.125, 0.125], p 0.070, n 7 prompts."),
+    (-0.125, 0.0001, "Not held: -0.125 [-0.125, -0.125], p <0.001, n 7 prompts."),
     (None, None, "Cannot be computed: it needs evaluate.py's --training_run."),
 ])  # fmt: skip
 def test_whether_the_primary_endpoint_held(mean, p, says):
-    assert summary.endpoint([comparison(mean, p)])[0] == says
+    assert summary.endpoint([comparison(mean, p)], "prompts")[0] == says
 
 
 def test_the_star_is_for_corrected_differences_from_the_base():
@@ -164,10 +165,15 @@ def test_what_stands_at_the_top(tmp_path):
     (folder / "one" / "base" / "summary.json").unlink()
     out = tmp_path / "out"
     text = report.run(report.Command((folder,), out=out), ["report.py", "a b"])
-    said = {}
-    cells = load_evaluation(folder).cells
-    for term, sentences in summary.summary(list(cells.values()), [comparison(1, 1)], "report.py"):
-        said[term] = sentences
+    results = Results([load_evaluation(folder)])
+    tables = [paper_tables.main_table(results), comparison(1, 1)]
+    cells = [cell for _, _, [cell] in results.each()]
+    said = dict(summary.summary(cells, tables, "report.py"))
+    quality_of, see, base = (f"{x:.3f}" for x in (18 / 27, 1, calibration(OWN["base"], JUDGE)))
+    assert re.sub(r" \[.*?\]", "", said["Result"][0]) == (
+        f"one: see has quality {quality_of} and calibration {see}; base has quality {quality_of} "
+        f"and calibration {base}."
+    )
     assert said["Unfinished"] == [
         "base on one: evaluate.py has not finished the answers.",
         f"see on one: 1 not judged: {REFUSED}",
@@ -271,7 +277,7 @@ def large(tmp_path_factory) -> Path:
     tables = [paper_tables.main_table(results), control_tables.comparisons(results)]
     shown = answers.shown([cell for _, _, [cell] in results.each()], 0)
     file = root / "report.html"
-    file.write_text(page.page("large", 2.0, [], [], tables, results, shown))
+    file.write_text(page.page("large", 2.0, [], "prompts", [], tables, results, shown))
     return file
 
 
