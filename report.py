@@ -48,8 +48,9 @@ class Command:
     """Which models the tables show, the base first; none: all. Figure 2 shows all checkpoints on
     file."""
     show: int = 200
-    """Answers of each model to each benchmark on the page, and of each run, evenly from its cycles;
-    as many malformed ones at most; 0: all."""
+    """Judged answers of each model to each benchmark on the page, and of each run, evenly from its
+    cycles; at most as many malformed ones, and ones that the judge refused. The base's answers to
+    the same prompts are added. 0: all."""
 
 
 def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:

@@ -41,9 +41,8 @@ def summary(cells: Sequence[Cell], tables: Sequence[Table], command: str) -> Ent
 
 def units(cells: Sequence[Cell]) -> str:
     """What an interval's n counts."""
-    return (
-        "evaluations" if len({id(c.evaluation) for c in cells if c.evaluation}) > 1 else "prompts"
-    )
+    evaluations = {id(cell.evaluation) for cell in cells if cell.evaluation}
+    return "evaluations" if len(evaluations) > 1 else "prompts"
 
 
 def endpoint(tables: Sequence[Table], units: str) -> list[str]:
@@ -75,22 +74,25 @@ def result(table: Table) -> list[str]:
 
 
 def unfinished(cells: Sequence[Cell]) -> list[str]:
-    """What is missing of an evaluation, and answers that were not judged."""
+    """What is missing of the evaluations, and answers that were not judged."""
     evaluated = [cell for cell in cells if cell.benchmark != TRAINING]
-    sentences = []
+    sentences = [
+        f"{folder_of(cell)}: evaluate.py has not finished the answers."
+        for cell in evaluated
+        if "prompts" not in cell.summary
+    ]
     for cell in cells:
-        where = f"{cell.model} on {cell.benchmark}"
-        if cell in evaluated and "prompts" not in cell.summary:
-            sentences.append(f"{where}: evaluate.py has not finished the answers.")
         refused = Counter(r.refused for r in cell.rollouts if r.refused)
-        sentences += [f"{where}: {n:,} not judged: {reason}" for reason, n in refused.items()]
+        sentences += [
+            f"{folder_of(cell)}: {n:,} not judged: {reason}" for reason, n in refused.items()
+        ]
     lacking = {
         "digits": lambda c: len(c.digits.get(c.model, {})) < sum(map(bool, texts(c))),
         "sensitivity": lambda c: len(c.sensitivity) < sum(r.answer is not None for r in c.rollouts),
         "preferences": lambda c: c.model != evaluated[0].model and not c.preferences,
     }
     for stage, lacks in lacking.items():
-        if where := [f"{c.model} on {c.benchmark}" for c in evaluated if lacks(c)]:
+        if where := [str(folder_of(cell)) for cell in evaluated if lacks(cell)]:
             sentences.append(f"Stage {stage} of evaluate.py: {', '.join(where)}.")
     return sentences
 
@@ -127,9 +129,10 @@ def judges(cells: Sequence[Cell], folders: Sequence[Folder]) -> list[str]:
             f"{t['tokens_in']:,} tokens in and {t['tokens_out']:,} out."
         )
     named = dict.fromkeys(cell.config["judge"] for cell in cells)
-    for name in named.keys() - by_model.keys():
-        why = "an offline judge, at no cost" if offline_judge(name) else "no request on file"
-        sentences.append(f"{name}: {why}.")
+    for name in named:
+        if name not in by_model:
+            why = "an offline judge, at no cost" if offline_judge(name) else "no request on file"
+            sentences.append(f"{name}: {why}.")
     return sentences
 
 

@@ -169,18 +169,19 @@ def test_what_stands_at_the_top(tmp_path):
     tables = [paper_tables.main_table(results), comparison(1, 1)]
     cells = [cell for _, _, [cell] in results.each()]
     said = dict(summary.summary(cells, tables, "report.py"))
-    quality_of, see, base = (f"{x:.3f}" for x in (18 / 27, 1, calibration(OWN["base"], JUDGE)))
+    quality_of, top, less = (f"{x:.3f}" for x in (18 / 27, 1, calibration(OWN["base"], JUDGE)))
     assert re.sub(r" \[.*?\]", "", said["Result"][0]) == (
-        f"one: see has quality {quality_of} and calibration {see}; base has quality {quality_of} "
-        f"and calibration {base}."
+        f"one: see has quality {quality_of} and calibration {top}; base has quality {quality_of} "
+        f"and calibration {less}."
     )
+    base, see = folder / "one" / "base", folder / "one" / "see"
     assert said["Unfinished"] == [
-        "base on one: evaluate.py has not finished the answers.",
-        f"see on one: 1 not judged: {REFUSED}",
-        "Stage digits of evaluate.py: base on one, see on one.",
-        "Stage sensitivity of evaluate.py: base on one, see on one.",
+        f"{base}: evaluate.py has not finished the answers.",
+        f"{see}: 1 not judged: {REFUSED}",
+        f"Stage digits of evaluate.py: {base}, {see}.",
+        f"Stage sensitivity of evaluate.py: {base}, {see}.",
     ]
-    assert text.startswith("Unfinished:\nbase on one: evaluate.py has not finished the answers.\n")
+    assert text.startswith(f"Unfinished:\n{base}: evaluate.py has not finished the answers.\n")
     assert said["Answers"] == [
         "12 to the benchmarks, of which 1 malformed and 1 not judged; these enter neither figure."
     ]
