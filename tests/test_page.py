@@ -373,6 +373,13 @@ def test_the_choice_and_its_address(visit, small):
     assert "asks for model=nobody, colour=red, which is not" in tab.inner_text("#message")
     assert "cycle 0" not in tab.inner_text("#list")
     tab.click("#all")
+    models = [x.split()[0] for x in tab.locator("article h4").all_inner_texts()]
+    assert models == ["base"] * 8 + ["rlcr"] * 8 + ["see"] * 4  # the biggest disagreement first
+    tab.click(".on >> nth=1")
+    assert [x.split(":")[0] for x in tab.locator(".badge").all_inner_texts()] == [
+        "malformed", "not judged"
+    ]  # fmt: skip
+    tab.click("#all")
     assert tab.inner_text("#count") == "24 of 24 answers" and tab.is_hidden("#message")
     tab.select_option("#model", "rlcr")
     assert tab.url.endswith("#model=rlcr")
@@ -403,5 +410,11 @@ def test_an_answer_beside_the_bases(visit, small):
     assert "cut at the length limit" in card.nth(2).inner_text()
     assert card.nth(3).locator(".badge").inner_text() == f"not judged: {REFUSED}"
     assert card.nth(3).locator(".scores").count() == 1  # the base's
+    assert card.count() == 8
+    tab.select_option("#model", "base")
+    tab.select_option("#beside", "see")
+    assert card.nth(0).locator("h4").all_inner_texts()[1].startswith("see cycle 3")
+    assert "in both orders: see's answer" in card.nth(0).locator(".verdict").inner_text()
     tab.select_option("#form", "written")
+    text = card.nth(0).locator("section >> nth=1").locator(".text")
     assert text.inner_text() == render_response(MARKDOWN, JUDGE)
