@@ -29,10 +29,11 @@ from evaluation.figures import Drawn
 from evaluation.results import load_evaluation, load_run
 from evaluation.table import Results, Table, by_settings
 from storage.files import write_text
+from storage.options import CountOrZero, Options
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Options):
     """Tables, figures and a page from result files."""
 
     results: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -47,7 +48,7 @@ class Command:
     models: tuple[str, ...] = ()
     """Which models the tables show, the base first; none: all. Figure 2 shows all checkpoints on
     file."""
-    show: int = 200
+    show: CountOrZero = 200
     """Judged answers of each model to each benchmark on the page, and of each run, evenly from its
     cycles; at most as many malformed ones, and ones that the judge refused. The base's answers to
     the same prompts are added. 0: all."""

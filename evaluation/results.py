@@ -295,6 +295,8 @@ def load_run(path: Path) -> Cell:
         raise ValueError(f"{path}: no run of cycle.py there; give runs/NAME")
     if not (rollouts := run.all_rollouts()):
         raise ValueError(f"{run.rollouts(1)}: no rollout there yet; let the run take a step")
+    if not run.metrics_file.is_file():
+        raise ValueError(f"{run.metrics_file}: no such file; restore it, or leave the run out")
     return Cell(TRAINING, path.name, run.config(), rollouts, run=path)
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, make_rollout
 
 import reward
-from config import CellConfig
+from config import CellConfig, Config
 from evaluation import judgements, metrics
 from evaluation.judgements import Command, load_sources, run
 from evaluation.metrics import ATTRIBUTES
@@ -69,6 +69,35 @@ def test_all_cells_of_an_evaluation(folder, tmp_path):
     assert run(command(cell)) in run(command(whole))
 
 
+def test_a_run_with_checkpoints_is_one_source(fake_judge, folder, tmp_path, tokenizer):
+    """Each checkpoint has a config.json too, the model's; export leaves nothing out."""
+    config = folder("x/one/a") / "config.json"
+    data = json.loads(config.read_text())["data"]
+    path = tmp_path / "runs" / "r"
+    (path / "rollouts").mkdir(parents=True)
+    write_text(path / "config.json", json.dumps(dataclasses.asdict(Config(data=data))))
+    write_text(path / "window.json", "[]")
+    prompt = load_prompts(data)[0].id
+    for cycle in (1, 2):
+        (path / "checkpoints" / f"cycle_{cycle:02d}").mkdir(parents=True)
+        write_text(path / "checkpoints" / f"cycle_{cycle:02d}" / "config.json", "{}")
+        for k in range(2):
+            r = make_rollout(tokenizer, f"Said {cycle}{k}.", sample=k, prompt=prompt)
+            r = dataclasses.replace(r, cycle=cycle)
+            append_rollout(path / "rollouts" / f"cycle_{cycle:02d}.jsonl", r)
+    assert "4 well-formed answers" in run(command(path, judge="another"))
+    file = tmp_path / "all.jsonl"
+    said = run(command(path, tmp_path / "results" / "x", export=file))
+    # The run's four answers, and the cell's four, one of them malformed.
+    assert said == (
+        f"{file}: 2 source(s) with 8 answers, 7 of them with scores; 4 judgements on file from "
+        "4 calls"
+    )
+    one, two = load_sources(file)
+    assert [(r.cycle, r.sample) for r in one.rollouts] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len(one.attempts) == 4 and len(two.rollouts) == 4
+
+
 def test_another_judge_its_agreement_and_its_ceiling(fake_judge, folder):
     path = folder("a")
     said = run(command(path, judge="another", repeat=3))
@@ -123,7 +152,7 @@ def test_export_rebuilds_the_figures_and_replays_the_judge(fake_judge, folder, t
     first = run(command(one, judge="another"))
     run(command(two, judge="another"))
     file = tmp_path / "all.jsonl"
-    assert "2 source(s)" in run(command(one, two, export=file))
+    assert "2 source(s) with 8 answers, 6 of them" in run(command(one, two, export=file))
     assert run(command(file)) == run(command(one, two))
     assert [s.rollouts for s in load_sources(file)] == [
         s.rollouts for p in (one, two) for s in load_sources(p)
@@ -161,13 +190,24 @@ MISTAKES = {
     "a wrong file": (["data.jsonl"], {}, "data.jsonl:1: not a line of an export"),
     "other data": (["results/a"], {"data": "other.jsonl", "judge": "x"}, "not in the prompt file"),
     "no labels": (["results/a"], {"data": "other.jsonl", "human": True}, "no human labels"),
+    "other data, pairs": (
+        ["results/a"], {"data": "other.jsonl", "against": Path("results/a")},
+        "not in the prompt file",
+    ),
+    "against many": (
+        ["results/a"], {"against": Path("results/x")},
+        "results/x: one model's answers are needed; name one of results/x/one/b, results/x/two/b",
+    ),
+    "against none": (["results/a"], {"against": Path("results/c")}, "no prompt that both answered"),
     "no key": (["results/a"], {"judge": "claude-sonnet-4-6"}, "set ANTHROPIC_API_KEY"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_sentence(fake_judge, folder, tmp_path, monkeypatch, case):
-    folder("a")
+    for name in ("a", "c", "x/one/b", "x/two/b"):
+        folder(name)
+    (tmp_path / "results" / "c" / "rollouts.jsonl").unlink()
     monkeypatch.chdir(tmp_path)
     Path("other.jsonl").write_text('{"prompt": "Hello?"}\n')
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)

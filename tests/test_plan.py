@@ -13,10 +13,12 @@ from conftest import REQUESTS, make_tokenizer, small_args
 
 import cycle
 import plan
+import report
 from backend.footprint import disk, memory, this_machine
 from backend.policy import PolicyConfig
 from backend.sampler import EngineConfig, SamplingParams
 from config import PRESETS, Config, EvaluationConfig, parse
+from evaluation import judgements
 from grpo import GRPOConfig
 from judging.endpoint import ClientConfig, Endpoint
 from plan import check_options, describe, prepare, resolve, step_batches
@@ -149,6 +151,8 @@ OUT_OF_RANGE = [
     (RewardConfig, "penalty", float("-inf"), "--reward.penalty must be in (-inf, inf), not -inf"),
     (ClientConfig, "deadline", 86400.0, "--client.deadline must be in (0, 3600], not 86400.0"),
     (ClientConfig, "max_cost", -1.0, "--client.max_cost must be in [0, inf), not -1.0"),
+    (judgements.Command, "limit", -3, "--limit must be in [0, inf), not -3"),
+    (report.Command, "show", -1, "--show must be in [0, inf), not -1"),
     (Endpoint, "temperature", -1.0, "--endpoint.temperature must be in [0, inf), not -1.0"),
 ]
 
@@ -156,7 +160,7 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("options", "field", "value", "says"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_where_it_is_given(options, field, value, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        options(**{field: value})
+        options(**{field: value} | ({"sources": ()} if options is judgements.Command else {}))
 
 
 NO_RANGE = {
@@ -165,6 +169,9 @@ NO_RANGE = {
     EvaluationConfig: {"use_references", "template", "few_shot", "sampler", "judge", "models",
                        "benchmarks", "name", "judges", "stronger", "stages", "training_run",
                        "drop_duplicates", "dtype"},
+    judgements.Command: {"sources", "judge", "against", "human", "data", "use_references",
+                         "export"},
+    report.Command: {"results", "beside", "runs", "out", "models"},
     GRPOConfig: {"loss_mean"},
     SFTConfig: set(),
     RewardConfig: set(),

@@ -546,5 +546,8 @@ def test_a_runs_rollouts_by_cycle(made, tmp_path):
     assert {"training.png", "report.html"} <= {p.name for p in out.iterdir()}
     with pytest.raises(ValueError, match="no run of cycle.py there"):
         report.run(report.Command(runs=(made.root / "x",), out=out))
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="metrics.jsonl: no such file; restore it"):
+        report.run(report.Command(runs=(run,), out=out))
     with pytest.raises(ValueError, match="nor --runs"):
         report.run(report.Command(out=out))
