@@ -274,7 +274,7 @@ class EvaluationConfig(EvaluationSettings):
     repeat_answers: Count = 100
     """Number of answers of each cell that are judged repeatedly, drawn by seed."""
     stronger: tuple[str, ...] = ()
-    """BENCHMARK=FILE each: a stronger model's answers (see storage/data.py, load_answers), judged
+    """BENCHMARK=FILE each: a stronger model's answers (see storage/answers.py), judged
     once; the report routes a share of the prompts to this model (Sec. 5)."""
     stages: tuple[Literal[STAGES], ...] = STAGES
     """Stages to run; their order is fixed."""

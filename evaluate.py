@@ -42,7 +42,8 @@ from judging.client import Background, JudgeError
 from plan import Inputs, check_name, read_inputs
 from prompts import EXAMPLES, FEW_SHOT
 from rollout import Collector
-from storage.data import Prompt, load_answers, load_prompts, near_duplicates
+from storage.answers import Answers, load_answers
+from storage.data import Prompt, load_prompts, near_duplicates
 from storage.files import FileError, WriteError, read_json, write_text
 from storage.hub import data_file, fetch_weights
 from storage.logbook import Clock, check_same_config, open_folder
@@ -122,8 +123,8 @@ def few_shot_prompts(cell: CellConfig) -> list[Prompt]:
 
 def stronger_answers(
     config: EvaluationConfig, cells: dict[Key, CellConfig], inputs: dict[Key, Inputs]
-) -> dict[str, dict[str, str]]:
-    """--stronger's answers by benchmark and prompt id. Raises ValueError."""
+) -> dict[str, Answers]:
+    """--stronger's answers by benchmark. Raises ValueError."""
     base = next(iter(cells))[0]
     answers = {}
     for spec in config.stronger:
@@ -133,7 +134,9 @@ def stronger_answers(
                 f"--stronger {spec}: say BENCHMARK=FILE with one of the benchmarks "
                 f"{', '.join(b for m, b in cells if m == base)}"
             )
-        answers[benchmark] = load_answers(path, inputs[base, benchmark].prompts)
+        answers[benchmark] = found = load_answers(path, inputs[base, benchmark].prompts)
+        if parallel.rank() == 0:
+            print(f"{benchmark}: {path} has {found}")
     return answers
 
 
@@ -213,7 +216,7 @@ def answer_prompts(
         summary["near_duplicates"] = inputs.near_duplicates  # before --limit
         summary["not_judged"] = sum(r.refused is not None for r in by_sample.values())
         summary["metrics"] = {name: interval._asdict() for name, interval in table.items()}
-        write_text(folder.summary_file, json.dumps(summary, indent=2))
+        folder.add_to_summary(summary)
     return table
 
 
@@ -225,7 +228,7 @@ def run(
     config: EvaluationConfig,
     cells: dict[Key, CellConfig],
     inputs: dict[Key, Inputs],
-    stronger: dict[str, dict[str, str]],
+    stronger: dict[str, Answers],
     watcher: parallel.Watcher,
 ) -> None:
     """Raises JudgeError."""
@@ -292,7 +295,7 @@ def ask_judges(
     config: EvaluationConfig,
     cells: dict[Key, CellConfig],
     inputs: dict[Key, Inputs],
-    stronger: dict[str, dict[str, str]],
+    stronger: dict[str, Answers],
 ) -> None:
     """Stages judges and preferences. Raises JudgeError."""
     base = next(iter(cells))[0]

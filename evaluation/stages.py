@@ -15,6 +15,7 @@ from evaluation.judgements import Answer, judge_again
 from judge import ask_all, make_judge, prefer
 from judging.client import Background
 from judging.endpoint import Endpoint
+from storage.answers import Answers
 from storage.data import Prompt
 from storage.files import append_line, read_lines, write_text
 from storage.progress import progress
@@ -164,18 +165,19 @@ def earlier_judgements(
 
 
 def judge_stronger(
-    path: Path, base: CellConfig, prompts: dict[str, Prompt], answers: dict[str, str]
+    path: Path, base: CellConfig, prompts: dict[str, Prompt], answers: Answers
 ) -> None:
     """A stronger model's answers by the judge, once each. Raises JudgeError."""
+    base.folder.add_to_summary({"stronger": answers.counts()})
     judge = make_judge(base, base.folder.judge_cache)
     works = [
         Answer(prompts[p], prompts[p].references if base.use_references else (), text, None, None)
-        for p, text in answers.items()
+        for p, text in answers.texts.items()
     ]
     scores = judge_again(judge, works, 1)
     lines = [
         {"prompt_id": p, "version": "", "scores": first}
-        for p, [first] in zip(answers, scores, strict=True)
+        for p, [first] in zip(answers.texts, scores, strict=True)
         if first is not None
     ]
     write_lines(path, lines)

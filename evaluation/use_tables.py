@@ -179,12 +179,18 @@ def uses(results: Results) -> Table:
         f"{SHARE:.0%} escalated to the stronger model: quality": (escalated, lambda c: c.stronger),
     }
     headers = {"by self-evaluation": "by_self", "random": "random", "oracle": "oracle"}
+    lacking = [
+        f"{b} {counts['missing']:,} ({counts['empty']:,} answers are empty)"
+        for b in results.benchmarks
+        if (counts := results.cells(b, results.base)[0].summary.get("stronger"))
+    ]
     return Table.of(
         "Uses",
         "Best of n: the judge's quality of the answer that the model rates best, higher is better. "
         "Selective answering: mean of 1 - quality over coverage, the best rated answered first; "
         "lower is better. Escalation: mean quality when the lowest rated answers are exchanged for "
-        "a stronger model's, from a file.",
+        "a stronger model's, from a file"
+        + (f"; prompts without one are left out: {', '.join(lacking)}." if lacking else "."),
         [
             {"benchmark": b, "model": m, "use": use}
             | measure({header: column(field) for header, field in headers.items()}, cells)

@@ -196,6 +196,9 @@ class CellFolder(Folder):
     def summary(self) -> dict:
         return read_json(self.summary_file) if self.summary_file.exists() else {}
 
+    def add_to_summary(self, values: dict) -> None:
+        write_text(self.summary_file, json.dumps(self.summary() | values, indent=2))
+
     def answers(self) -> list[Rollout]:
         """The rollouts of the newest weights, one per sample, ordered by key and not by the time at
         which they finished."""
