@@ -26,6 +26,7 @@ from grpo import GRPOConfig
 from judging.endpoint import ClientConfig, Endpoint
 from reward import RewardConfig
 from sft_masked import SFTConfig
+from storage import hub
 from storage.options import Count, CountOrZero, Options, in_range
 from storage.run_folder import CellFolder, EvaluationFolder, RunFolder
 
@@ -262,7 +263,7 @@ class EvaluationConfig(EvaluationSettings):
     first is the base."""
     benchmarks: tuple[str, ...]
     """NAME=FILE each, or FILE alone: prompt files (for kinds see storage/data.py) or hub ids (see
-    storage/hub.py)."""
+    storage/hub.py); nvidia/HelpSteer2 is its validation split here."""
     name: str
     """Results go to results/NAME/BENCHMARK/MODEL."""
     judges: tuple[str, ...] = ()
@@ -287,7 +288,8 @@ class EvaluationConfig(EvaluationSettings):
         """Cells by (model, benchmark). Raises ValueError for a name that is given twice or is not
         valid as a folder name."""
         models = _named("models", self.models)
-        benchmarks = _named("benchmarks", self.benchmarks)
+        files = _named("benchmarks", self.benchmarks)
+        benchmarks = {b: hub.benchmark(file) for b, file in files.items()}
         shared = {f.name: getattr(self, f.name) for f in fields(EvaluationSettings)}
         return {
             (m, b): CellConfig(**shared, model=folder, data=file, name=f"{self.name}/{b}/{m}")

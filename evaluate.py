@@ -92,14 +92,17 @@ def prepare(cell: CellConfig) -> Inputs:
     return inputs._replace(prompts=prompts, near_duplicates=sum(duplicate))
 
 
-def tell_near_duplicates(config: EvaluationConfig, inputs: dict[Key, Inputs]) -> None:
-    """One line for each benchmark that has some."""
+def tell_special_prompts(config: EvaluationConfig, inputs: dict[Key, Inputs]) -> None:
+    """A line for each benchmark with prompts that are too long, or near duplicates."""
     done = "left out" if config.drop_duplicates else "kept (--drop_duplicates)"
-    numbers = {benchmark: found.near_duplicates for (_, benchmark), found in inputs.items()}
-    for benchmark, number in numbers.items():
-        if number and parallel.rank() == 0:
+    for benchmark, found in {benchmark: found for (_, benchmark), found in inputs.items()}.items():
+        if found.too_long and parallel.rank() == 0:
+            limit = config.prompt_tokens
+            print(f"{benchmark}: {found.too_long} prompts are over {limit:,} tokens and left out")
+        if found.near_duplicates and parallel.rank() == 0:
             print(
-                f"{benchmark}: {number} prompts are nearly a training prompt or an example; {done}"
+                f"{benchmark}: {found.near_duplicates} prompts are nearly a training prompt or an "
+                f"example; {done}"
             )
 
 
@@ -213,7 +216,8 @@ def answer_prompts(
     if rank == 0:
         shown = sum(bool(p.references) for p in prompts) if cell.use_references else 0
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
-        summary["near_duplicates"] = inputs.near_duplicates  # before --limit
+        # Before --limit:
+        summary |= {"too_long": inputs.too_long, "near_duplicates": inputs.near_duplicates}
         summary["not_judged"] = sum(r.refused is not None for r in by_sample.values())
         summary["metrics"] = {name: interval._asdict() for name, interval in table.items()}
         folder.add_to_summary(summary)
@@ -320,7 +324,7 @@ def main() -> None:
         if config.judge in config.judges:
             raise ValueError(f"--judges: {config.judge} is the judge already; name others")
         inputs = {key: prepare(cell) for key, cell in cells.items()}
-        tell_near_duplicates(config, inputs)
+        tell_special_prompts(config, inputs)
         stronger = stronger_answers(config, cells, inputs)
         for cell in cells.values():
             for name in config.judges:

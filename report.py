@@ -18,7 +18,7 @@ settings and get columns of their own. Writes
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sklearn
@@ -92,7 +92,8 @@ def make_tables(results: Results, others: Sequence[Results] = ()) -> list[Table]
         makers = (*paper_tables.TABLES, *control_tables.TABLES, *use_tables.TABLES)
         tables = [make(results) for make in makers]
         tables.append(use_tables.other_settings(results, others))
-    return [table for table in tables if len(table.frame)]
+    note = results.note()
+    return [replace(table, note=table.note + note) for table in tables if len(table.frame)]
 
 
 def draw(results: Results | None, runs: Sequence[Path], out: Path) -> list[Drawn]:

@@ -21,6 +21,14 @@ from evaluation.results import Cell, Evaluation
 Figure = Interval | float | int | str | None
 Column = Callable[[list[Cell]], Figure]
 Values = tuple[Sequence[float], Sequence]  # one number per response, and its prompt's id
+# The paper's settings; its evaluation's decoding is not given, so training's (App. A).
+PAPER_SETTINGS = {
+    "template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0, "use_references": True,
+    "drop_duplicates": False, "prompt_tokens": 4096, "temperature": 0.8, "top_p": 0.9, "top_k": 25,
+    "max_tokens": 8192,
+}  # fmt: skip
+# Unique prompts of the whole benchmarks; HelpSteer2's validation split, not its training split.
+PAPER_PROMPTS = {"helpsteer2": 519, "alpaca_eval": 805, "arena_hard": 750, "wildbench": 1024}
 P_VALUES = ("p", "corrected p")
 PAPER = " (paper)"  # a column NAME (paper) holds the paper's figures beside those of NAME
 
@@ -75,11 +83,32 @@ class Results:
                     "one setting, and those of others with --beside"
                 )
         self.judge = self.settings["judge"]
-        paper = {"template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0,
-                 "use_references": True, "drop_duplicates": False}  # fmt: skip
-        self.papers_setting = bool(
-            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge)
-        ) and all(self.settings[name] == value for name, value in paper.items())
+
+    def as_in_the_paper(self, benchmark: str) -> bool:
+        """Whether the paper's figures for this benchmark are about the same: its judge, template,
+        references, decoding, and all of its prompts."""
+        cells = [cell for m in self.models for cell in self.cells(benchmark, m)]
+        answered = [len({r.prompt_id for r in cell.rollouts}) for cell in cells]
+        size = PAPER_PROMPTS.get(benchmark, 0)
+        return (
+            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge) is not None
+            and all(self.settings[name] == value for name, value in PAPER_SETTINGS.items())
+            and all(abs(n - size) <= 0.01 * size for n in answered)
+            and not self.too_long(benchmark)
+        )
+
+    def too_long(self, benchmark: str) -> int:
+        """How many prompts were left out because they are over the limit."""
+        return max(
+            c.summary.get("too_long", 0) for m in self.models for c in self.cells(benchmark, m)
+        )
+
+    def note(self) -> str:
+        """What stands under every table; "" if there is nothing to say."""
+        counts = {b: self.too_long(b) for b in self.benchmarks}
+        lacking = ", ".join(f"{b} {n:,}" for b, n in counts.items() if n)
+        limit = self.settings["prompt_tokens"]
+        return f" Prompts over {limit:,} tokens are left out: {lacking}." if lacking else ""
 
     def cells(self, benchmark: str, model: str) -> list[Cell]:
         """One for each evaluation."""
@@ -139,8 +168,9 @@ def rows(
     paper: Mapping[tuple[str, str, str], float] | None = None,
 ) -> list[dict[str, Figure]]:
     """A row for every benchmark and model for which `keep` is true. `paper`: the paper's figures by
-    (benchmark, model, header); they stand beside these columns if our setting is the paper's."""
-    published = (paper if results.papers_setting else None) or {}
+    (benchmark, model, header); they stand beside these columns where our setting is the paper's."""
+    alike = {b for b in results.benchmarks if results.as_in_the_paper(b)}
+    published = {key: figure for key, figure in (paper or {}).items() if key[0] in alike}
     table = []
     for benchmark, model, cells in results.each():
         if keep(cells[0]):

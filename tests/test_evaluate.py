@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import prompts
-from backend.sampler import SamplingParams
+from backend.sampler import SamplingParams, make_sampler
 from config import CellConfig, EvaluationConfig
 from evaluation import stages
 from evaluation.digits import Question, Reader
 from plan import Inputs
+from storage import hub
 from storage.data import Prompt, load_prompts, near_duplicates
 from storage.files import read_lines
 from storage.record import answer_text, append_rollout
@@ -185,6 +186,38 @@ def test_a_stronger_models_file_is_checked_before_anything(tmp_path, prompt_file
             answers(spec)
     with pytest.raises(ValueError, match="gold.jsonl: no such file"):
         answers(f"b={tmp_path / 'gold.jsonl'}")
+
+
+def test_helpsteer2_is_evaluated_on_its_validation_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("helpsteer2=nvidia/HelpSteer2", "b=nvidia/HelpSteer2/train.jsonl.gz", "c=x.jsonl")
+    config = EvaluationConfig(models=("m",), benchmarks=names, name="x")
+    assert [cell.data for cell in config.cells().values()] == [
+        "nvidia/HelpSteer2/validation.jsonl.gz", "nvidia/HelpSteer2/train.jsonl.gz", "x.jsonl"
+    ]  # fmt: skip
+    (tmp_path / "nvidia").mkdir()
+    (tmp_path / "nvidia" / "HelpSteer2").write_text("")  # a file of that name comes first
+    assert config.cells()["m", "helpsteer2"].data == "nvidia/HelpSteer2"
+    assert hub.FILES["nvidia/HelpSteer2"] == "train.jsonl.gz"  # for cycle.py
+
+
+def test_prompts_that_are_too_long_are_counted(tmp_path, parrot_folder, prompt_file, capsys):
+    data = tmp_path / "d.jsonl"
+    data.write_text(prompt_file.read_text() + json.dumps({"prompt": "long " * 700}) + "\n")
+    config = EvaluationConfig(
+        models=(f"m={parrot_folder}",), benchmarks=(f"b={data}",), name=str(tmp_path / "x"),
+        judge="heuristic", template="short", prompt_tokens=700, sampler="transformers",
+        sampling=SamplingParams(max_tokens=5), limit=2, dtype="float32",
+    )  # fmt: skip
+    [(key, cell)] = config.cells().items()
+    inputs = evaluate.prepare(cell)
+    assert (inputs.too_long, len(inputs.prompts)) == (1, 2)
+    evaluate.tell_special_prompts(config, {key: inputs})
+    assert capsys.readouterr().out == "b: 1 prompts are over 700 tokens and left out\n"
+    sampler = make_sampler(cell, inputs.model, inputs.tokenizer, cell.dtype,
+                           evaluate.weights_id(inputs.model))  # fmt: skip
+    evaluate.answer_prompts(cell, inputs, sampler)
+    assert cell.folder.summary()["too_long"] == 1
 
 
 @pytest.mark.parametrize("case", MISTAKES)

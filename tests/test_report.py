@@ -16,7 +16,7 @@ from conftest import ROOT, make_rollout
 
 import report
 from config import CellConfig
-from evaluation import figures
+from evaluation import figures, table
 from evaluation.answers import choose
 from evaluation.controls import calibrations
 from evaluation.intervals import Interval
@@ -352,13 +352,27 @@ def test_seeds_are_the_unit_where_there_are_several(made):
 @pytest.mark.parametrize(("change", "shown"), [
     ({}, True), ({"judge": "gpt-5.4-2026-03-05"}, True), ({"judge": "gpt-5.4-mini"}, False),
     ({"few_shot": "varied"}, False), ({"limit": 60}, False), ({"template": "short"}, False),
+    ({"prompt_tokens": 2048}, False), ({"temperature": 0.0}, False), ({"top_p": 1.0}, False),
+    ({"top_k": 0}, False), ({"max_tokens": 4096}, False),  # other decoding
+    ({"whole": 10_159}, False), ({"too_long": 1}, False),  # another split; prompts left out
 ])  # fmt: skip
-def test_the_papers_figures_stand_beside_its_settings_only(made, change, shown):
+def test_the_papers_figures_stand_beside_its_settings_only(made, monkeypatch, change, shown):
+    whole = change.get("whole", 2)
+    monkeypatch.setattr(table, "PAPER_PROMPTS", {"helpsteer2": whole})
     path = made.cell("p", "helpsteer2", "base", BASE)
     config = json.loads((path / "config.json").read_text()) | {"judge": "gpt-5.4"} | change
+    config["sampling"] |= {k: v for k, v in change.items() if k in config["sampling"]}
     (path / "config.json").write_text(json.dumps(config))
+    CellFolder(path).add_to_summary({"too_long": change.get("too_long", 0)})
     row = one(tables(made.root / "p")["Tables 1 and 2: quality and calibration"], model="base")
     assert row["quality"].endswith("(paper 0.644)") == shown
+
+
+def test_prompts_that_were_too_long_are_named_under_each_table(made):
+    CellFolder(made.root / "x" / "one" / "see").add_to_summary({"too_long": 10})
+    found = report.make_tables(Results([load_evaluation(made.root / "x")]))
+    said = "Prompts over 4,096 tokens are left out: one 10."
+    assert len(found) > 10 and all(t.note.endswith(said) for t in found)
 
 
 def test_lines_about_other_answers_do_not_count(made):
