@@ -40,7 +40,7 @@ from evaluation.metrics import render, summarise
 from judge import check_judge, make_judge, with_judge_url
 from judging.client import Background, JudgeError
 from plan import Inputs, check_name, read_inputs
-from prompts import EXAMPLES, FEW_SHOT
+from prompts import EXAMPLES, FEW_SHOT, special_tokens
 from rollout import Collector
 from storage.answers import Answers, load_answers
 from storage.data import Prompt, load_prompts, near_duplicates
@@ -306,7 +306,8 @@ def ask_judges(
     for (model, benchmark), cell in cells.items():
         prompts = {p.id: p for p in inputs[model, benchmark].prompts}
         if "judges" in config.stages:
-            stages.judge_more(config, cell, prompts)
+            special = special_tokens(inputs[model, benchmark].tokenizer)
+            stages.judge_more(config, cell, prompts, special)
             if model == base and benchmark in stronger:
                 path = config.folder.stronger_file(benchmark)
                 stages.judge_stronger(path, cell, prompts, stronger[benchmark])

@@ -137,6 +137,11 @@ def decode(tokenizer, ids: Sequence[int]) -> str:
     )
 
 
+def special_tokens(tokenizer) -> tuple[str, ...]:
+    """The texts of the tokenizer's special tokens, such as "<|endoftext|>"."""
+    return tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+
+
 def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
     """The token ids of the digits 0-9, spelt with or without a leading space as in `token_id` ("8"
     or " 8").

@@ -192,20 +192,25 @@ def well_formed(source: Source, prompts: dict[str, Prompt]) -> list[Rollout]:
     return valid
 
 
-def judge_again(judge, answers: Sequence[Answer], repeat: int) -> list[list[Scores | None]]:
-    """`repeat` independent score vectors for each answer, None where the judge refused."""
-    if not answers:
-        return []
-    works = [
-        judge.score(a.prompt.conversation, a.text, a.references, draw=draw)
-        for a in answers
+def judge_again(
+    judge, answers: Sequence[Answer], repeats: Sequence[int]
+) -> list[list[Scores | None]]:
+    """As many independent score vectors for each answer as `repeats` says, None where the judge
+    refused. Once for each judge: its open connections belong to one event loop."""
+    asked = [
+        (a, draw)
+        for a, repeat in zip(answers, repeats, strict=True)
         for draw in range(repeat)
     ]
-    names = [
-        f"prompt {a.prompt.id}, answer {a.text[:40]!r}" for a in answers for _ in range(repeat)
+    if not asked:
+        return [[] for _ in answers]
+    works = [
+        judge.score(a.prompt.conversation, a.text, a.references, draw=draw) for a, draw in asked
     ]
-    flat = Background().submit(ask_all(works, f"judging by {judge.name}", names)).result()
-    return [flat[i : i + repeat] for i in range(0, len(flat), repeat)]
+    names = [f"prompt {a.prompt.id}, answer {a.text[:40]!r}" for a, _ in asked]
+    work = ask_all(works, f"judging by {judge.name}", names)
+    scores = iter(Background().submit(work).result())
+    return [[next(scores) for _ in range(repeat)] for repeat in repeats]
 
 
 def other_judges(source: Source, answers: Sequence[Answer], name: str) -> dict[str, list]:
@@ -225,7 +230,7 @@ def other_judges(source: Source, answers: Sequence[Answer], name: str) -> dict[s
 
 def report(command: Command, source: Source, judge, answers: Sequence[Answer]) -> str:
     """Judge the answers; figures, and agreement with scores on file, other judges and itself."""
-    draws = judge_again(judge, answers, max(1, command.repeat))
+    draws = judge_again(judge, answers, [max(1, command.repeat)] * len(answers))
     asked = len(answers)
     judged = [(a, d) for a, d in zip(answers, draws, strict=True) if None not in d]
     answers, draws = [a for a, _ in judged], [d for _, d in judged]

@@ -186,6 +186,16 @@ def prompt_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def reference_file(tmp_path_factory):
+    """The same prompts in HelpSteer2's schema, each with one labelled response."""
+    path = tmp_path_factory.mktemp("data") / "helpsteer2.jsonl"
+    labels = dict.fromkeys(prompts.ATTRIBUTES, 3)
+    rows = [{"prompt": r, "response": f"Human: {r}", **labels} for r in REQUESTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def make_rollout(tokenizer, answer="It is fine.", scores=(8, 8, 8, 1, 1), judge=(2, 3, 4, 5, 6),
                  reward=0.5, sample=0, prompt="Say something.", **changes) -> Rollout:  # fmt: skip
     """A well-formed rollout that was tokenised from its text."""

@@ -4,11 +4,12 @@ tests/test_evaluate.py"""
 import dataclasses
 import json
 import random
+import re
 import time
 
 import pytest
 import torch
-from conftest import REQUESTS, ROOT, finish, make_rollout, start_ranks
+from conftest import EOS, REQUESTS, ROOT, finish, make_rollout, start_ranks
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -19,6 +20,7 @@ from evaluation import stages
 from evaluation.digits import Question, Reader
 from plan import Inputs
 from storage import hub
+from storage.answers import Answers
 from storage.data import Prompt, load_prompts, near_duplicates
 from storage.files import read_lines
 from storage.record import answer_text, append_rollout
@@ -105,7 +107,7 @@ def test_all_stages_killed_and_continued(
             rows = {
                 (x["prompt_id"], x["sample"]): x for x in lines(cell / f"digits_{scorer}.jsonl")
             }
-            spoken = {(r.prompt_id, r.sample): r for r in rollouts[cell] if answer_text(r)}
+            spoken = {(r.prompt_id, r.sample): r for r in rollouts[cell] if answer_text(r, (EOS,))}
             assert rows.keys() == spoken.keys()
             key = next(k for k, r in spoken.items() if r.score_positions)
             r = spoken[key]
@@ -128,8 +130,8 @@ def test_all_stages_killed_and_continued(
     assert len(repeats) == 4 and {x["draw"] for x in ours} == {0, 1, 2}
     malformed = {(r.prompt_id, r.sample) for r in rollouts[other] if not r.judge_scores}
     judged_once = {(x["prompt_id"], x["sample"]) for x in ours} & malformed
-    assert judged_once == {k for k in malformed if any(
-        (r.prompt_id, r.sample) == k and answer_text(r) for r in rollouts[other])}  # fmt: skip
+    spoken = {(r.prompt_id, r.sample) for r in rollouts[other] if answer_text(r, (EOS,))}
+    assert judged_once == malformed & spoken
     preferences = lines(other / "preferences.jsonl")
     both = {(r.prompt_id, r.sample) for r in rollouts[base] if r.answer} & {
         (r.prompt_id, r.sample) for r in valid
@@ -218,6 +220,61 @@ def test_prompts_that_are_too_long_are_counted(tmp_path, parrot_folder, prompt_f
                            evaluate.weights_id(inputs.model))  # fmt: skip
     evaluate.answer_prompts(cell, inputs, sampler)
     assert cell.folder.summary()["too_long"] == 1
+
+
+@pytest.mark.parametrize("use_references", [True, False])
+def test_the_judge_sees_references_at_every_stage(
+    tmp_path, monkeypatch, parrot_folder, reference_file, fake_judge, tokenizer, use_references
+):
+    """The answers', malformed ones', repeats', held-out judges' and a stronger model's."""
+    monkeypatch.chdir(tmp_path)
+    config = EvaluationConfig(
+        models=(f"m={parrot_folder}",), benchmarks=(f"b={reference_file}",), name="x", judge="fake",
+        judges=("another",), repeat=2, template="short", prompt_tokens=700, limit=4,
+        sampler="transformers", sampling=SamplingParams(max_tokens=120), dtype="float32",
+        use_references=use_references,
+    )  # fmt: skip
+    [cell] = config.cells().values()
+    inputs = evaluate.prepare(cell)
+    sampler = make_sampler(cell, inputs.model, inputs.tokenizer, cell.dtype,
+                           evaluate.weights_id(inputs.model))  # fmt: skip
+    evaluate.answer_prompts(cell, inputs, sampler)
+    answered, by_id = len(fake_judge.bodies), {p.id: p for p in inputs.prompts}
+    first = inputs.prompts[0].id
+    malformed = make_rollout(tokenizer, prompt=first, sample=7, text=f"Unrated.{EOS}", answer=None,
+                             self_scores=None, judge_scores=None, step=9,
+                             weight_version=evaluate.weights_id(inputs.model))  # fmt: skip
+    append_rollout(cell.folder.rollouts_file, malformed)
+    stages.judge_more(config, cell, by_id, prompts.special_tokens(tokenizer))
+    stages.judge_stronger(tmp_path / "s.jsonl", cell, by_id, Answers({first: ""}, 3, 1, 0, 0))
+    shown = [body["messages"][1]["content"] for body in fake_judge.bodies]
+    said = [text.split("Response to Evaluate]\n")[1].split("\n\nRate the")[0] for text in shown]
+    # Each at least once: answers, then the malformed one, repeats, another judge; an empty answer.
+    assert answered and "Unrated." in said and said[-1] == ""
+    assert {body["model"] for body in fake_judge.bodies} == {"fake", "another"}
+    for text in shown:
+        request = re.search(r"\[User\]\n(.*)", text)[1]
+        reference = f"--- Reference Response 1 ---\nHuman: {request}\n"
+        assert (reference in text) == use_references == ("Reference Response" in text)
+    assert cell.folder.summary()["stronger"] == {
+        "answers": 1, "missing": 3, "empty": 1, "repeated": 0, "unmatched": 0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "answer"), [
+    ("It is fine.<|end|>", "It is fine."),
+    ("It is fine. <|end|>\n<|pad|><|end|>\n", "It is fine."),
+    ("It is fine.<|end|>\n\n[SELF_EVAL]\n{}<|end|>", "It is fine."),
+    ("<|end|> is a token.<|end|>", "<|end|> is a token."),  # at the end alone
+    ("It is fine.<|other|>", "It is fine.<|other|>"),  # no token of this tokenizer
+    (" <|end|>", ""), ("<|end|><|pad|>\n[SELF_EVAL]", ""), ("", ""),
+])  # fmt: skip
+def test_a_malformed_response_loses_its_end_tokens(tokenizer, text, answer):
+    malformed = make_rollout(tokenizer, text=text, answer=None, self_scores=None)
+    assert answer_text(malformed, (EOS, "<|pad|>")) == answer
+    assert prompts.special_tokens(tokenizer) == (EOS,)
+    well_formed = make_rollout(tokenizer, "A token: <|end|>")
+    assert answer_text(well_formed, (EOS,)) == "A token: <|end|>"
 
 
 @pytest.mark.parametrize("case", MISTAKES)
