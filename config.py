@@ -4,12 +4,14 @@ paper         the paper's run (Table 5)
 official      the authors' scripts, as far as options allow: parameters in bf16. The other
               differences are not options (README, Departures)
 rlcr          the baseline Adapted RLCR (Sec. 4.1, Table 6): phase 1 only, two epochs over 5,000
-              prompts in batches of 48, a checkpoint every 10 steps for Figure 2
-rlcr-matched  the baseline with SEE's batch size of 16. In Table 6 SEE and the baseline differ in
-              distillation and in batch size; this control removes the second difference
+              prompts in batches of 48, the loss a mean over tokens, a checkpoint every 10 steps for
+              Figure 2
+rlcr-matched  the baseline with SEE's batch size of 16 and SEE's loss, a mean over responses. In
+              Table 6 SEE and the baseline differ in distillation, batch size and this mean; here
+              they differ in distillation alone
 small         a 135M model on two CPU cores with the offline heuristic judge
 tiny          the miniature: the paper's window, steps and batches, in minutes on CPU
-tiny-rlcr, tiny-rlcr-matched    baselines of the miniature
+tiny-rlcr, tiny-rlcr-matched    baselines of the miniature, both with the mean over responses
 """
 
 import argparse
@@ -46,7 +48,7 @@ class CommonConfig(Options):
     """Generation template: the paper's (App. B.1), a short one for small models and contexts, or
     the conversation alone for the miniature. Evaluate with the template of training."""
     few_shot: Literal["paper-like", "varied"] = "paper-like"
-    """Few-shot examples: with scores like the authors', or with scores over the whole range (a
+    """Few-shot examples: with the scores of the authors', or with scores over the whole range (a
     control for priming). Evaluate with the examples of training."""
     prompt_tokens: Count = 4096
     """Maximum prompt length, template included, in tokens (Table 5); longer prompts are left out
@@ -145,6 +147,7 @@ RLCR = replace(
     rl_steps=208,  # 2 x floor(5,000 / 48)
     distil=False,
     save_every=10,
+    grpo=GRPOConfig(loss_mean="token"),
     client=ClientConfig(concurrency=48),
 )
 RLCR_MATCHED = replace(
@@ -153,6 +156,7 @@ RLCR_MATCHED = replace(
     name="rlcr-matched",
     batch=16,
     rl_steps=624,  # 2 x floor(5,000 / 16)
+    grpo=PAPER.grpo,
 )
 # Not in the paper: sizes and learning rates for SmolLM2-135M on two CPU cores. The paper's learning
 # rates (1e-6, 2e-6) hardly change a model of this size in 15 steps.

@@ -2,7 +2,8 @@
 
 `score(conversation, answer, references)` gives five integers 0-9 for an answer without its
 self-evaluation block. `prefer(judge, conversation, first, second)` says which of two answers is
-better, and asks in both orders.
+better, and asks in both orders (departure: the authors ask in one; the report shows the first order
+by itself too).
 
 `LLMJudge` asks a model at an endpoint (judging/endpoint.py, judging/client.py), or takes a model's
 replies from a file. Two judges work offline: judging/heuristic.py, for trying out the code, whose

@@ -9,7 +9,8 @@ so a judge's counts will differ.
 
 Choices that the paper leaves open: the window of prompts is
 `sorted(random.Random(seed).sample(range(n), size))` over the prompts within the prompt limit; its
-order in cycle c is a permutation drawn with seed + c.
+order in cycle c is a permutation drawn with seed + c. Departure: the authors' scripts draw the
+window before they drop over-long prompts, which can leave fewer than 160; ours always has 160.
 """
 
 import json

@@ -26,9 +26,9 @@ PAPER_MAIN = {
 PAPER_WIN_RATES = {
     ("helpsteer2", "rlcr", "quality"): 0.570, ("helpsteer2", "rlcr", "calibration"): 0.617,
     ("helpsteer2", "see", "quality"): 0.671, ("helpsteer2", "see", "calibration"): 0.700,
-    ("alpaca_eval", "rlcr", "responses"): 0.534, ("alpaca_eval", "see", "responses"): 0.592,
-    ("arena_hard", "rlcr", "responses"): 0.502, ("arena_hard", "see", "responses"): 0.518,
-    ("wildbench", "rlcr", "responses"): 0.537, ("wildbench", "see", "responses"): 0.581,
+    ("alpaca_eval", "rlcr", "first order"): 0.534, ("alpaca_eval", "see", "first order"): 0.592,
+    ("arena_hard", "rlcr", "first order"): 0.502, ("arena_hard", "see", "first order"): 0.518,
+    ("wildbench", "rlcr", "first order"): 0.537, ("wildbench", "see", "first order"): 0.581,
 }  # fmt: skip
 PAPER_TOP_5 = {
     ("helpsteer2", "base", "top-5"): 0.7707, ("helpsteer2", "see", "top-5"): 0.8776,
@@ -89,17 +89,19 @@ def win_rates(results: Results) -> Table:
         "quality": by_scores(lambda c: c.quality),
         "calibration": by_scores(lambda c: c.calibration),
         "responses": mean(lambda c: preferences(c, lambda x: (x["result"] + 1) / 2)),
+        "first order": mean(lambda c: preferences(c, lambda x: (x["shown_first"] + 1) / 2)),
         "length-adjusted": statistic(length_adjusted),
         "order bias": mean(order_bias),
     }
     return Table.of(
         f"Win-rates against {results.base}",
         "(wins + ties / 2) / n over samples that both answered well-formed. The referee is "
-        "asked in both orders; a disagreement is a tie. Length-adjusted: at equal length, "
-        "without LC AlpacaEval's term for difficulty. Order bias: win-rate when shown first "
-        "minus when shown second (an offline judge has none).",
+        "asked in both orders; a disagreement is a tie. First order: with the model's answer "
+        "shown first; the paper asks in one order. Length-adjusted: at equal length, without LC "
+        "AlpacaEval's term for difficulty. Order bias: win-rate when shown first minus when shown "
+        "second (an offline judge has none).",
         rows(results, columns, lambda c: c.model != results.base, PAPER_WIN_RATES),
-        higher=("quality", "calibration", "responses", "length-adjusted"),
+        higher=("quality", "calibration", "responses", "first order", "length-adjusted"),
     )
 
 

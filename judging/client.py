@@ -14,6 +14,8 @@ continues the run.
 A text that the judge refuses for good stops the run too, unless --client.skip_refused lets the run
 go on without that judgement.
 
+Departure: the back-off is drawn from 0-100 % of its time; the authors' from 50-100 %.
+
 Not in the paper: replies must follow a JSON schema where the endpoint supports it; the deadline;
 the budget; passing over refused texts.
 """

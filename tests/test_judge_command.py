@@ -235,5 +235,5 @@ def test_agreement_and_win_rate_by_hand():
     found = [(1, 1, 1), (-1, -1, -1), (0, 0, 0), (0, 1, -1)]
     rates = metrics.win_rate(list("abcd"), found)
     assert {k: e.mean for k, e in rates.items()} == {
-        "win-rate": 0.5, "ties": 0.5, "order_bias": 0.25, "disagreement": 0.25
+        "win-rate": 0.5, "first_order": 0.625, "ties": 0.5, "order_bias": 0.25, "disagreement": 0.25
     }  # fmt: skip

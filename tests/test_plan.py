@@ -56,15 +56,23 @@ def differing(a: Config, b: Config) -> set[str]:
 
 
 def test_the_baselines_differ_from_the_paper_in_what_they_say():
-    """Table 6: distillation and batch size; the rest is how long one phase is."""
+    """Table 6: distillation, batch size and the loss's mean; the rest is how long one phase is."""
     paper, rlcr, matched = (PRESETS[name] for name in ("paper", "rlcr", "rlcr-matched"))
     assert differing(rlcr, paper) == {
-        "cycles", "window", "batch", "epochs", "rl_steps", "distil", "save_every", "client"
+        "cycles", "window", "batch", "epochs", "rl_steps", "distil", "save_every", "client",
+        "grpo"
     }  # fmt: skip
     assert (rlcr.cycles, rlcr.window, rlcr.epochs, rlcr.batch) == (1, 5000, 2, 48)
     assert not rlcr.distil and rlcr.save_every == 10 and rlcr.client.concurrency == 48
     assert rlcr.rl_steps * rlcr.batch == 9984  # "about 10,000 sample-passes"
-    assert differing(matched, rlcr) == {"batch", "rl_steps"} and matched.batch == paper.batch
+    assert (rlcr.grpo.loss_mean, paper.grpo.loss_mean) == ("token", "response")
+    assert dataclasses.replace(rlcr.grpo, loss_mean="response") == paper.grpo
+    # Distillation, and the schedule of 5,000 prompts in one phase.
+    assert differing(matched, paper) == {
+        "cycles", "window", "epochs", "rl_steps", "distil", "save_every", "client"
+    }  # fmt: skip
+    for name in ("tiny-rlcr", "tiny-rlcr-matched"):
+        assert PRESETS[name].grpo == PRESETS["tiny"].grpo
     assert differing(PRESETS["official"], paper) == {"policy"}
     assert PRESETS["official"].policy.parameters == "bfloat16"
     assert all(PRESETS[name].preset == name for name in PRESETS)

@@ -179,8 +179,10 @@ def test_few_shot_sets(name):
         assert parse_self_eval(render_response(e.answer, e.scores)) == (e.answer, e.scores)
         shown = prompts.policy_prompt([{"role": "user", "content": "x"}], "paper", name)
         assert e.request in shown and e.answer in shown
-    if name == "paper-like":  # the authors': 8/8/8 with complexity and verbosity 0-2
-        assert all(e.scores[:3] == (8, 8, 8) and max(e.scores[3:]) <= 2 for e in examples)
+    if name == "paper-like":  # the authors', in their order
+        assert ["".join(map(str, e.scores)) for e in examples] == [
+            "88800", "88822", "88820", "88822", "88822", "88822"
+        ]  # fmt: skip
     else:
         for a in range(3):
             assert (

@@ -169,6 +169,7 @@ def test_the_papers_tables_by_hand(made):
     assert begins(rates["quality"], (0.5 + 1 + 0.5) / 3)
     assert begins(rates["calibration"], (1 + 1 + 0.5) / 3)
     assert begins(rates["responses"], (1 + 0.5 + 1) / 3)
+    assert begins(rates["first order"], (1 + 1 + 1) / 3)
     assert begins(rates["order bias"], (0 + 1 + 0) / 3)
 
     other = one(found["Table 3: held-out judges"], model="base")
