@@ -264,7 +264,8 @@ class EvaluationConfig(EvaluationSettings):
 
     models: tuple[str, ...]
     """NAME=FOLDER each, or FOLDER alone: Hugging Face folders or hub ids of one architecture; the
-    first is the base."""
+    first is the base. A run's folder, such as see=runs/see, is its newest checkpoint; its earlier
+    ones are evaluated too, as see_cycle_NN and in the stage answers alone, for Figure 2."""
     benchmarks: tuple[str, ...]
     """NAME=FILE each, or FILE alone: prompt files (for kinds see storage/data.py) or hub ids (see
     storage/hub.py); nvidia/HelpSteer2 is its validation split here."""
@@ -283,15 +284,37 @@ class EvaluationConfig(EvaluationSettings):
     once; the report routes a share of the prompts to this model (Sec. 5)."""
     stages: tuple[Literal[STAGES], ...] = STAGES
     """Stages to run; their order is fixed."""
+    dry_run: bool = False
+    """Print the judges' calls, tokens and cost by stage, judge and cell, and stop before a model is
+    loaded or a judge is asked."""
 
     @property
     def folder(self) -> EvaluationFolder:
         return EvaluationFolder(Path("results") / self.name)
 
+    def main_models(self) -> dict[str, str]:
+        """Folder by name; of a run its newest checkpoint. Raises ValueError for a name that is
+        given twice or is not valid as a folder name, and for a run without a checkpoint."""
+        return {m: str(_checkpoints(folder)[-1]) for m, folder in self._models().items()}
+
+    def earlier_checkpoints(self) -> dict[str, tuple[str, str]]:
+        """(name of the run's newest checkpoint, folder) by name."""
+        return {
+            f"{m}_{checkpoint.name}": (m, str(checkpoint))
+            for m, folder in self._models().items()
+            for checkpoint in map(Path, _checkpoints(folder)[:-1])
+        }
+
+    def _models(self) -> dict[str, str]:
+        return _named("models", self.models)
+
     def cells(self) -> dict[tuple[str, str], CellConfig]:
-        """Cells by (model, benchmark). Raises ValueError for a name that is given twice or is not
-        valid as a folder name."""
-        models = _named("models", self.models)
+        """Cells by (model, benchmark), the earlier checkpoints last. Raises ValueError as
+        main_models does, and for two models of one name."""
+        models, earlier = self.main_models(), self.earlier_checkpoints()
+        if twice := models.keys() & earlier.keys():
+            raise ValueError(f"--models: {min(twice)} is a checkpoint of a run too; rename one")
+        models |= {name: folder for name, (_, folder) in earlier.items()}
         files = _named("benchmarks", self.benchmarks)
         benchmarks = {b: hub.benchmark(file) for b, file in files.items()}
         shared = {f.name: getattr(self, f.name) for f in fields(EvaluationSettings)}
@@ -300,6 +323,16 @@ class EvaluationConfig(EvaluationSettings):
             for m, folder in models.items()
             for b, file in benchmarks.items()
         }
+
+
+def _checkpoints(folder: str) -> list[str]:
+    """A run's checkpoints, oldest first; the folder itself if it is no run's. Raises ValueError."""
+    run = RunFolder(Path(folder))
+    if not run.window_file.is_file():
+        return [folder]
+    if not (checkpoints := run.checkpoints()):
+        raise ValueError(f"--models: the run {folder} has no checkpoint yet; let it end a cycle")
+    return list(map(str, checkpoints))
 
 
 def _named(option: str, specs: tuple[str, ...]) -> dict[str, str]:

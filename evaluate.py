@@ -1,11 +1,12 @@
 """Models, benchmarks and judges -> result files (Sec. 4); report.py makes tables of them.
 
-    python evaluate.py --models base=DIR see=runs/see/checkpoints/cycle_15 \\
+    python evaluate.py --models base=DIR rlcr=runs/rlcr see=runs/see \\
         --benchmarks helpsteer2=validation.jsonl alpaca_eval=alpaca_eval.jsonl \\
         --judges claude-sonnet-4-6 --training_run runs/see --name paper
 
-The first model is the base. Stages, each of which goes on where it was stopped, on all ranks unless
-said otherwise:
+The first model is the base. A run's folder is its newest checkpoint; its earlier checkpoints get
+the stage `answers` alone, for Figure 2. --dry_run says what the judges will be asked and what that
+costs. Stages, each of which goes on where it was stopped, on all ranks unless said otherwise:
 
     answers      each model's answers to each benchmark, judged
     digits       what each model would write at the score positions of each model's answers: top-5,
@@ -29,11 +30,11 @@ from pathlib import Path
 import tyro
 
 from backend import parallel
-from backend.model_folder import check_weights
+from backend.model_folder import check_model_folder, check_weights
 from backend.policy import PolicyConfig, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from config import EVALUATION_MAY_CHANGE, RENAMED, CellConfig, EvaluationConfig
-from evaluation import stages
+from evaluation import dry_run, stages
 from evaluation.digits import Reader
 from evaluation.intervals import Interval
 from evaluation.metrics import render, summarise
@@ -59,21 +60,11 @@ Key = tuple[str, str]  # (model, benchmark)
 
 
 def prepare(cell: CellConfig) -> Inputs:
-    """Read and check a cell's model, prompts and judge; the returned prompts are those to answer.
-    Raises ValueError."""
-    judge = check_judge(cell, parallel.world_size())
+    """Read a cell's model folder and prompts; the returned prompts are those to answer. Raises
+    ValueError."""
     inputs = read_inputs(cell)
-    trained: dict[str, Prompt] = {}
-    if cell.training_run:
-        run = RunFolder(Path(cell.training_run))
-        judges = {r.judge_model for r in run.first_cycle()}
-        if judges and judges != {judge}:
-            raise ValueError(
-                f"--training_run {run} was judged by {', '.join(sorted(judges))} and not by "
-                f"{judge}: predictors fitted on it would predict another judge; give the run's "
-                "judge, or another run"
-            )
-        trained = training_prompts(run)
+    run = RunFolder(Path(cell.training_run))
+    trained = training_prompts(run) if cell.training_run else {}
     prompts = [p for p in inputs.prompts if p.id not in trained]
     duplicate = near_duplicates(prompts, [*trained.values(), *few_shot_prompts(cell)])
     if cell.drop_duplicates:
@@ -87,9 +78,44 @@ def prepare(cell: CellConfig) -> Inputs:
         chosen = random.Random(cell.seed).sample(range(len(prompts)), cell.limit)
         prompts = [prompts[i] for i in sorted(chosen)]
     check_same_config(cell.folder, cell, EVALUATION_MAY_CHANGE, RENAMED)
-    fetch_weights(cell.model)
-    check_weights(inputs.model)
     return inputs._replace(prompts=prompts, near_duplicates=sum(duplicate))
+
+
+def prepare_earlier(cell: CellConfig, newest: Inputs) -> Inputs:
+    """An earlier checkpoint of a run has the prompts and the tokenizer of the newest one. Raises
+    ValueError."""
+    check_model_folder(Path(cell.model), cell.longest_row, cell.sampler)
+    check_same_config(cell.folder, cell, EVALUATION_MAY_CHANGE, RENAMED)
+    return newest._replace(model=Path(cell.model))
+
+
+def prepare_all(config: EvaluationConfig, cells: dict[Key, CellConfig]) -> dict[Key, Inputs]:
+    """Raises ValueError."""
+    earlier, inputs = config.earlier_checkpoints(), {}
+    for (model, benchmark), cell in cells.items():
+        if model in earlier:
+            newest, _ = earlier[model]
+            inputs[model, benchmark] = prepare_earlier(cell, inputs[newest, benchmark])
+        else:
+            inputs[model, benchmark] = prepare(cell)
+    return inputs
+
+
+def check_judges(config: EvaluationConfig, cell: CellConfig) -> None:
+    """Raises ValueError for a judge that cannot be asked, or is not that of the training run."""
+    judge = check_judge(cell, parallel.world_size())
+    for name in config.judges:
+        check_judge(stages.held_out(cell, name))
+    if not cell.training_run:
+        return
+    run = RunFolder(Path(cell.training_run))
+    judges = {r.judge_model for r in run.first_cycle()}
+    if judges and judges != {judge}:
+        raise ValueError(
+            f"--training_run {run} was judged by {', '.join(sorted(judges))} and not by "
+            f"{judge}: predictors fitted on it would predict another judge; give the run's "
+            "judge, or another run"
+        )
 
 
 def tell_special_prompts(config: EvaluationConfig, inputs: dict[Key, Inputs]) -> None:
@@ -141,6 +167,15 @@ def stronger_answers(
         if parallel.rank() == 0:
             print(f"{benchmark}: {path} has {found}")
     return answers
+
+
+def obstacles(config: EvaluationConfig, cell: CellConfig) -> list[str]:
+    """Reasons why the judges cannot be asked; [] if none."""
+    try:
+        check_judges(config, cell)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,7 +271,7 @@ def run(
     watcher: parallel.Watcher,
 ) -> None:
     """Raises JudgeError."""
-    models = list(dict.fromkeys(model for model, _ in cells))
+    models = list(config.main_models())
     if parallel.rank() == 0:
         keep_model_order(config.folder.models_file, models)
     sampler = None
@@ -251,6 +286,7 @@ def run(
                 table = answer_prompts(cell, inputs[key], sampler, watcher)
                 parallel.print0(f"\n{cell.name}, judge {cell.judge}\n{render(table)}")
             sampler.sleep()
+        cells = {key: cell for key, cell in cells.items() if key[0] in models}
         if {"digits", "sensitivity"} & set(config.stages):
             for model in models:
                 read_scores(config, model, cells, inputs)
@@ -322,14 +358,21 @@ def main() -> None:
         config = with_judge_url(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
         check_name(config.name)
         cells = config.cells()
+        first = next(iter(cells.values()))
         if config.judge in config.judges:
             raise ValueError(f"--judges: {config.judge} is the judge already; name others")
-        inputs = {key: prepare(cell) for key, cell in cells.items()}
+        if not config.dry_run:
+            check_judges(config, first)
+        inputs = prepare_all(config, cells)
         tell_special_prompts(config, inputs)
         stronger = stronger_answers(config, cells, inputs)
-        for cell in cells.values():
-            for name in config.judges:
-                check_judge(stages.held_out(cell, name))
+        if config.dry_run:
+            if parallel.rank() == 0:
+                print(dry_run.describe(config, cells, inputs, stronger, obstacles(config, first)))
+            return
+        for key, cell in cells.items():
+            fetch_weights(cell.model)
+            check_weights(inputs[key].model)
     except ValueError as error:
         raise SystemExit(f"error: {error}" if parallel.rank() == 0 else 1) from None
     watcher = parallel.Watcher()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import reward
 from judging.client import ChatClient, JudgeError, Refused, connection
-from judging.endpoint import Form, Service, with_url
+from judging.endpoint import Form, Service, prices, with_url
 from judging.heuristic import HeuristicJudge
 from judging.ledger import Ledger
 from judging.replay import Replay
@@ -219,6 +219,14 @@ def check_judge(config, ranks: int = 1) -> str:
     service = _service(config, ranks)
     connection(service)
     return service.model
+
+
+def judge_prices(config) -> tuple[float | None, float | None]:
+    """US dollars per million tokens in and out; 0 for a judge that works offline, None if
+    unknown."""
+    if offline_judge(config.judge) or config.judge.startswith("replay:"):
+        return 0.0, 0.0
+    return prices(config.judge, config.client)
 
 
 def make_judge(config, cache: Path, ranks: int = 1, rank: int = 0, launch: int | None = None):

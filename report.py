@@ -46,8 +46,8 @@ class Command(Options):
     out: Path = Path("report")
     """Folder for tables, figures and page."""
     models: tuple[str, ...] = ()
-    """Which models the tables show, the base first; none: all. Figure 2 shows all checkpoints on
-    file."""
+    """Which models the tables show, the base first; none: all but runs' earlier checkpoints.
+    Figure 2 shows all checkpoints on file."""
     show: CountOrZero = 200
     """Judged answers of each model to each benchmark on the page, and of each run, evenly from its
     cycles; at most as many malformed ones, and ones that the judge refused. The base's answers to

@@ -232,6 +232,7 @@ class Evaluation:
     cells: dict[tuple[str, str], Cell]  # by (benchmark, model)
     window: Window | None
     stronger: dict[str, dict[str, Scores]]  # a stronger model's scores, by benchmark and prompt
+    models: list[str]  # in their order; not a run's earlier checkpoints
 
 
 def load_evaluation(path: Path) -> Evaluation:
@@ -258,7 +259,9 @@ def load_evaluation(path: Path) -> Evaluation:
         for benchmark, file in folder.stronger_files().items()
     }
     window = Window(rollouts, base, first.gamma) if rollouts else None
-    evaluation = Evaluation(path, cells, window, stronger)
+    models = [m for m in folder.models() if any(model == m for _, model in cells)]
+    models = models or list(dict.fromkeys(model for _, model in cells))
+    evaluation = Evaluation(path, cells, window, stronger, models)
     for cell in cells.values():
         cell.evaluation = evaluation
     return evaluation

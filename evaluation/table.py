@@ -49,7 +49,8 @@ class Results:
     Several are runs with other seeds."""
 
     def __init__(self, evaluations: Sequence[Evaluation], models: Sequence[str] = ()):
-        """`models`: which of them, in this order, the base first; (): all. Raises ValueError if the
+        """`models`: which of them, in this order, the base first; (): all but runs' earlier
+        checkpoints. Raises ValueError if the
         evaluations do not have the same cells or settings."""
         self.evaluations = list(evaluations)
         first, *others = self.evaluations
@@ -64,7 +65,7 @@ class Results:
         on_file = list(dict.fromkeys(model for _, model in first.cells))
         if unknown := set(models) - set(on_file):
             raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(on_file)}")
-        self.models = list(models) or on_file
+        self.models = list(models) or first.models
         self.on_file = [m for m in on_file if all((b, m) in self for b in self.benchmarks)]
         self.base = self.models[0]
         for b in self.benchmarks:

@@ -306,8 +306,9 @@ def test_a_window_of_another_judge_is_refused(tmp_path, parrot_folder, prompt_fi
         template="short", prompt_tokens=700, sampling=SamplingParams(max_tokens=120),
         training_run=str(tmp_path),
     )  # fmt: skip
+    config = EvaluationConfig(models=("m",), benchmarks=("b",), name="x")
     with pytest.raises(ValueError, match="was judged by .* and not by heuristic"):
-        evaluate.prepare(cell)
+        evaluate.check_judges(config, cell)
 
 
 def test_repeats_that_were_paid_for_are_kept(tmp_path, tokenizer):
