@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import time
 
 import pytest
@@ -16,15 +17,17 @@ import evaluate
 import prompts
 from backend.sampler import SamplingParams, make_sampler
 from config import CellConfig, EvaluationConfig
-from evaluation import stages
+from evaluation import figures, stages
 from evaluation.digits import Question, Reader
+from evaluation.results import load_evaluation
+from evaluation.table import Results
 from plan import Inputs
 from storage import hub
 from storage.answers import Answers
 from storage.data import Prompt, load_prompts, near_duplicates
 from storage.files import read_lines
 from storage.record import answer_text, append_rollout
-from storage.run_folder import CellFolder
+from storage.run_folder import CellFolder, RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +322,110 @@ def test_repeats_that_were_paid_for_are_kept(tmp_path, tokenizer):
     new = [stages.line_about(now, "v", draw=0, scores=[9] * 5)]
     assert stages.earlier_judgements(tmp_path / "s.jsonl", new, [now]) == [lines[1]]
     assert stages.earlier_judgements(tmp_path / "none.jsonl", new, [now]) == []
+
+
+@pytest.fixture
+def run_folder(tmp_path, parrot_folder):
+    """A run of two cycles of one RL step and one update each."""
+    run = RunFolder(tmp_path / "runs" / "see")
+    for cycle in (1, 2):
+        shutil.copytree(parrot_folder, run.checkpoint(cycle))
+    places = [(c, phase) for c in (1, 2) for phase in ("rl", "sft")]
+    rows = [{"cycle": c, "phase": p, "step": 1, "sample_passes": 8 * c} for c, p in places]
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.window_file.write_text("[]")
+    return run.path
+
+
+def test_a_runs_folder_is_its_newest_checkpoint_and_draws_figure_2(
+    tmp_path, monkeypatch, parrot_folder, prompt_file, run_folder
+):
+    monkeypatch.chdir(tmp_path)
+    config = EvaluationConfig(
+        models=(f"base={parrot_folder}", f"see={run_folder}"), benchmarks=(f"b={prompt_file}",),
+        name="x", judge="heuristic", template="short", prompt_tokens=700, limit=2,
+        sampler="transformers", sampling=SamplingParams(max_tokens=120), dtype="float32",
+    )  # fmt: skip
+    assert config.main_models() == {
+        "base": str(parrot_folder), "see": str(run_folder / "checkpoints" / "cycle_02")
+    }  # fmt: skip
+    cells = config.cells()
+    assert [model for model, _ in cells] == ["base", "see", "see_cycle_01"]
+    assert cells["see_cycle_01", "b"].model == str(run_folder / "checkpoints" / "cycle_01")
+    evaluate.run(config, cells, evaluate.prepare_all(config, cells), {}, None)
+    files = {m: {path.name for path in cells[m, "b"].folder.path.iterdir()} for m, _ in cells}
+    assert files["see_cycle_01"] == {"config.json", "env.json", "rollouts.jsonl", "summary.json"}
+    assert {"digits_base.jsonl", "digits_see.jsonl", "preferences.jsonl"} <= files["see"]
+    assert "digits_see_cycle_01.jsonl" not in files["see"]
+    results = Results([load_evaluation(config.folder.path)])
+    assert results.models == ["base", "see"]
+    assert figures.figure_2(results, tmp_path / "f.png")
+    assert list(figures.costs_of_models(results)["see"]) == ["see_cycle_01", "see"]
+
+    clash = dataclasses.replace(config, models=(*config.models, f"see_cycle_01={parrot_folder}"))
+    with pytest.raises(ValueError, match="see_cycle_01 is a checkpoint of a run too"):
+        clash.cells()
+    shutil.rmtree(run_folder / "checkpoints")
+    with pytest.raises(ValueError, match="the run .*see has no checkpoint yet"):
+        config.cells()
+
+
+def test_the_dry_run_says_what_is_asked_and_asks_nothing(
+    tmp_path, monkeypatch, capsys, parrot_folder, reference_file, run_folder, tokenizer
+):
+    """Four answers in each cell; of the earlier checkpoint nothing more."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    gold = tmp_path / "gold.jsonl"
+    rows = [{"prompt": r, "answer": "Fine."} for r in REQUESTS]
+    gold.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = command(
+        parrot_folder, parrot_folder, ("one", reference_file), limit=2, samples=2, repeat=3,
+        repeat_answers=3, judges="claude-sonnet-4-6", judge="gpt-5.4", stronger=f"one={gold}",
+    )  # fmt: skip
+    args = [word.replace(f"other={parrot_folder}", f"see={run_folder}") for word in args]
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr("sys.argv", [*args, "--dry_run"])
+    evaluate.main()
+    assert set(tmp_path.rglob("*")) == before
+    said = capsys.readouterr().out
+    found = {
+        tuple(re.split(r"  +", line)[:3]): re.split(r"  +", line)[3:]
+        for line in said.splitlines()
+        if re.search(r"x/one/", line)
+    }
+    gpt, claude, base, see = "gpt-5.4", "claude-sonnet-4-6", "x/one/base", "x/one/see"
+    assert {key: int(values[0]) for key, values in found.items()} == {
+        ("answers", gpt, base): 4, ("answers", gpt, see): 4,
+        ("answers", gpt, "x/one/see_cycle_01"): 4,
+        ("judges: repeats", gpt, base): 6, ("judges: repeats", gpt, see): 6,  # 3 - 1, of 3
+        ("judges: stronger", gpt, base): 2,
+        ("judges: held-out", claude, base): 4, ("judges: held-out", claude, see): 4,
+        ("preferences", gpt, see): 8,  # in both orders
+    }  # fmt: skip
+    assert "In all, 42 calls" in said and "gpt-5.4 needs a key: set OPENAI_API_KEY" in said
+
+    # Tokens and cost of one part of each form, counted anew.
+    def count(text):
+        return len(tokenizer.encode(text))
+
+    config = EvaluationConfig(models=("m",), benchmarks=("b",), name="x", seed=42)
+    known = load_prompts(reference_file)
+    shown = [known[i] for i in sorted(random.Random(config.seed).sample(range(12), 2))]
+    reference = sum(count(p.references[0].response) for p in shown) / 2  # the likely length
+    asked = [
+        count(prompts.JUDGE_SYSTEM + prompts.judge_user(p.conversation, "", p.references))
+        for p in shown
+    ]
+    tokens = sum(2 * n for n in asked) + 4 * reference
+    reply = count(json.dumps(dict.fromkeys(prompts.ATTRIBUTES, 8)))
+    cost = (tokens * 2.5 + 4 * reply * 15) / 1e6
+    assert found["answers", gpt, base][1:] == [f"{tokens / 1e6:,.3f}", f"${cost:,.2f}"]
+    cost = (tokens * 3 + 4 * reply * 15) / 1e6
+    assert found["judges: held-out", claude, see][2] == f"${cost:,.2f}"
+    pairs = [count(prompts.PAIR_SYSTEM + prompts.pair_user(p.conversation, "", "")) for p in shown]
+    tokens = sum(4 * n for n in pairs) + 8 * 2 * reference
+    assert found["preferences", gpt, see][1] == f"{tokens / 1e6:,.3f}"
 
 
 def test_near_duplicates_are_found():

@@ -100,7 +100,7 @@ def made(tmp_path, tokenizer):
             digit = [(8,) * 5 if scorer == "base" else j or (2,) * 5 for j in judges]
             rows = [
                 {"scores": d, "free": [ten(x) for x in d],
-                 "judge": [ten(x) for x in d] if j else None,
+                 "judge": [ten(9 - x) for x in d] if j else None,  # unlike what it reads on its own
                  "own": [ten(x) for x in d] if j and scorer == cell.name else None}
                 for d, j in zip(digit, judges, strict=True)
             ]  # fmt: skip
@@ -464,6 +464,17 @@ def test_lines_on_older_weights_do_not_count(made):
     assert begins(one(swap, **{"answers by": "see"})["scored by see"], 1.0)
 
 
+def test_figure_3_shows_calibration(made, tmp_path, monkeypatch):
+    """A bar for each model and attribute; models in their order."""
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure) or True)
+    assert figures.figure_3(Results([load_evaluation(made.root / "x")]), tmp_path / "f")
+    [axis] = drawn[0].axes
+    for bars, answers in zip(axis.containers[1::2], (BASE[:3], SEE), strict=True):
+        expected = [mean((1 - abs(s[a] - j[a]) / 9) ** 2 for s, j in answers) for a in range(5)]
+        assert [bar.get_height() for bar in bars] == pytest.approx(expected)
+
+
 def test_calibration_by_judge_score(made):
     cell = load_evaluation(made.root / "x").cells["one", "base"]
     values, prompts = figures.by_judge_score(cell, 2)  # complexity and verbosity of the second
@@ -507,6 +518,11 @@ def test_figure_2_needs_a_runs_checkpoints(made, tmp_path):
         "r": {"one-cycle": (32, 3, 3, 32), "two-cycles": (64, 5, 6, 40)}
     }
     assert figures.figure_2(t, tmp_path / "f.png") and (tmp_path / "f.png").stat().st_size > 9000
+    # Tables are of the models that were asked for; a run's other checkpoints are for this figure.
+    (made.root / "x" / "models.json").write_text('["base", "see", "two-cycles"]')
+    asked = Results([load_evaluation(made.root / "x")])
+    assert asked.models == ["base", "see", "two-cycles"] and "one-cycle" in asked.on_file
+    assert figures.costs_of_models(asked) == figures.costs_of_models(t)
     # It shows all checkpoints on file, whichever models the tables show.
     assert figures.figure_2(Results(t.evaluations, ("base", "see")), tmp_path / "h.png")
     shutil.rmtree(path)
