@@ -198,9 +198,7 @@ def judge_again(
     """As many independent score vectors for each answer as `repeats` says, None where the judge
     refused. Once for each judge: its open connections belong to one event loop."""
     asked = [
-        (a, draw)
-        for a, repeat in zip(answers, repeats, strict=True)
-        for draw in range(repeat)
+        (a, draw) for a, repeat in zip(answers, repeats, strict=True) for draw in range(repeat)
     ]
     if not asked:
         return [[] for _ in answers]

@@ -36,7 +36,7 @@ ONLY_IN = {
 }
 # All others can be imported without torch.
 TORCH = {"cycle", "rollout", "grpo", "sft_masked", "evaluate", "plan", "config", "storage.logbook",
-         "evaluation.digits", "evaluation.stages", "miniature.base_model",
+         "evaluation.digits", "evaluation.stages", "evaluation.dry_run", "miniature.base_model",
          "miniature.demo"}  # fmt: skip
 
 
