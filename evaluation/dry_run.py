@@ -9,7 +9,7 @@ from evaluation.stages import held_out
 from evaluation.table import Table
 from judge import judge_prices
 from judging import estimate
-from judging.estimate import Questions
+from judging.estimate import Lengths, Questions
 from storage.answers import Answers
 from storage.data import Prompt
 
@@ -21,7 +21,7 @@ class Benchmark(NamedTuple):
     prompts: list[Prompt]
     scoring: Questions
     comparing: Questions
-    lengths: dict[str, float]  # of answers, see estimate.answer_lengths
+    lengths: Lengths  # of the answers
 
     def stronger(self, answers: Answers) -> Questions:
         """About answers whose texts are known."""
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     judge: str
     cell: CellConfig
     questions: Questions
-    lengths: dict[str, float]
+    lengths: Lengths
 
 
 def describe(
@@ -55,12 +55,12 @@ def describe(
     ]
     rows = []
     for part in parts:
-        typical = list(part.lengths.values())[1]
+        likely = part.lengths.likely
         rows.append({
             "stage": part.stage, "judge": part.judge, "cell": part.cell.name,
             "calls": part.questions.calls,
-            "M tokens in": f"{part.questions.tokens_in(typical) / 1e6:,.3f}",
-            "cost": estimate.dollars(part.questions.cost(typical)),
+            "M tokens in": f"{part.questions.tokens_in(likely) / 1e6:,.3f}",
+            "cost": estimate.dollars(part.questions.cost(likely)),
         })  # fmt: skip
     table = Table.of(
         f"Dry run of {config.folder.path}; nothing was loaded, sampled, judged or written.",
@@ -74,7 +74,7 @@ def describe(
     asked = [(part.questions, part.lengths) for part in parts]
     sections = {
         f"In all, {calls:,} calls": estimate.by_length(asked) if asked else [],
-        "Budget": [f"{estimate.budget(config.client)}, each for one cell and the judges it asks"],
+        "Limits": [f"{estimate.budget(config.client)}; each cell has its own"],
         "Obstacles": problems or ["none found"],
     }
     for title, body in sections.items():

@@ -37,6 +37,14 @@ class Questions(NamedTuple):
         return (self.tokens_in(answer_length) * price_in + tokens_out * price_out) / 1e6
 
 
+class Lengths(NamedTuple):
+    """Lengths of answers in tokens."""
+
+    likely: float
+    label: str  # what `likely` is
+    longest: int
+
+
 def count(tokenizer, text: str) -> int:
     return len(tokenizer.encode(text, add_special_tokens=False))
 
@@ -63,15 +71,14 @@ def comparing(tokenizer, prompts: Sequence[Prompt]) -> Questions:
     return Questions(len(prompts), tokens, 2, reply, (None, None))
 
 
-def answer_lengths(tokenizer, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, float]:
-    """Three lengths of answers in tokens, by what they are; the second is the likely one."""
+def answer_lengths(tokenizer, prompts: Sequence[Prompt], max_tokens: int) -> Lengths:
+    """Answers are likely as long as the reference responses, where the data has them."""
     references = [count(tokenizer, r.response) for p in prompts for r in p.references]
     if references:
-        typical, label = mean(references), "as long as the reference responses"
-    else:
-        typical = min(300, max_tokens)
-        label = f"of {typical} tokens, a guess: this data has no reference responses"
-    return {"empty answers": 0, f"answers {label}": typical, "the longest answers": max_tokens}
+        return Lengths(mean(references), "as long as the reference responses", max_tokens)
+    guess = min(300, max_tokens)
+    why = f"of {guess} tokens, a guess: this data has no reference responses"
+    return Lengths(guess, why, max_tokens)
 
 
 def dollars(cost: float | None) -> str:
@@ -83,15 +90,17 @@ def total(costs: Sequence[float | None]) -> float | None:
     return None if None in costs else sum(costs)
 
 
-def by_length(asked: Sequence[tuple[Questions, dict[str, float]]]) -> list[str]:
-    """A line for each of the three lengths, over all questions. `asked`: with `answer_lengths`."""
+def by_length(asked: Sequence[tuple[Questions, Lengths]]) -> list[str]:
+    """A line for each of the three lengths, over all questions."""
+    likely = "; ".join(dict.fromkeys(lengths.label for _, lengths in asked))
     lines = []
-    labels = [list(lengths) for _, lengths in asked]
-    for k in range(3):
-        pairs = [(q, list(lengths.values())[k]) for q, lengths in asked]
-        millions = sum(q.tokens_in(n) for q, n in pairs) / 1e6
-        cost = dollars(total([q.cost(n) for q, n in pairs]))
-        label = "; ".join(dict.fromkeys(names[k] for names in labels))
+    for label, length in (
+        ("empty answers", lambda lengths: 0),
+        (f"answers {likely}", lambda lengths: lengths.likely),
+        ("the longest answers", lambda lengths: lengths.longest),
+    ):
+        millions = sum(q.tokens_in(length(lengths)) for q, lengths in asked) / 1e6
+        cost = dollars(total([q.cost(length(lengths)) for q, lengths in asked]))
         lines.append(f"{millions:9,.1f} M tokens in, {cost:>12}   {label}")
     return lines
 
