@@ -49,7 +49,7 @@ from storage.files import FileError, WriteError, read_json, write_text
 from storage.hub import data_file, fetch_weights
 from storage.logbook import Clock, check_same_config, open_folder
 from storage.progress import progress
-from storage.record import read_rollouts
+from storage.record import answer_text, read_rollouts
 from storage.run_folder import RunFolder
 
 Key = tuple[str, str]  # (model, benchmark)
@@ -253,6 +253,8 @@ def answer_prompts(
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
         # Before --limit:
         summary |= {"too_long": inputs.too_long, "near_duplicates": inputs.near_duplicates}
+        special = special_tokens(inputs.tokenizer)
+        summary["with_text"] = sum(bool(answer_text(r, special)) for r in by_sample.values())
         summary["not_judged"] = sum(r.refused is not None for r in by_sample.values())
         summary["metrics"] = {name: interval._asdict() for name, interval in table.items()}
         folder.add_to_summary(summary)

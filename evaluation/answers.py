@@ -11,7 +11,7 @@ from markdown_it.renderer import RendererHTML
 from evaluation.results import TRAINING, Cell, key_of
 from judge import offline_judge
 from prompts import ATTRIBUTES, why_malformed
-from storage.record import Rollout, answer_text
+from storage.record import Rollout
 
 JUDGED, MALFORMED, NOT_JUDGED = "judged", "malformed", "not judged"
 
@@ -105,7 +105,7 @@ def of_rollout(cell: Cell, r: Rollout) -> dict:
         "state": kind,
         "why": reasons.get(kind),
         "text": r.text,
-        "html": None if kind == MALFORMED else MARKDOWN.render(answer_text(r)),
+        "html": None if kind == MALFORMED else MARKDOWN.render(r.answer),
         "self": r.self_scores,
         "judge": r.judge_scores,
         "quality": r.quality and round(r.quality, 3),

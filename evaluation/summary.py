@@ -15,7 +15,6 @@ from judge import offline_judge
 from judging.ledger import read_attempts, totals
 from storage.commit import commit
 from storage.files import read_json
-from storage.record import answer_text
 from storage.run_folder import EvaluationFolder, Folder
 
 UNFINISHED, COMMANDS = "Unfinished", "Commands"  # terms
@@ -87,7 +86,7 @@ def unfinished(cells: Sequence[Cell]) -> list[str]:
             f"{folder_of(cell)}: {n:,} not judged: {reason}" for reason, n in refused.items()
         ]
     lacking = {
-        "digits": lambda c: len(c.digits.get(c.model, {})) < sum(map(bool, texts(c))),
+        "digits": lambda c: len(c.digits.get(c.model, {})) < with_text(c),
         "sensitivity": lambda c: len(c.sensitivity) < sum(r.answer is not None for r in c.rollouts),
         "preferences": lambda c: c.model != evaluated[0].model and not c.preferences,
     }
@@ -97,8 +96,9 @@ def unfinished(cells: Sequence[Cell]) -> list[str]:
     return sentences
 
 
-def texts(cell: Cell) -> list[str]:
-    return [answer_text(r) for r in cell.rollouts]
+def with_text(cell: Cell) -> int:
+    """Answers with any text, malformed ones too; of older evaluations the well-formed ones."""
+    return cell.summary.get("with_text", sum(r.answer is not None for r in cell.rollouts))
 
 
 def answers(cells: Sequence[Cell]) -> list[str]:

@@ -222,7 +222,9 @@ def test_prompts_that_are_too_long_are_counted(tmp_path, parrot_folder, prompt_f
     sampler = make_sampler(cell, inputs.model, inputs.tokenizer, cell.dtype,
                            evaluate.weights_id(inputs.model))  # fmt: skip
     evaluate.answer_prompts(cell, inputs, sampler)
-    assert cell.folder.summary()["too_long"] == 1
+    summary = cell.folder.summary()
+    texts = [answer_text(r, (EOS,)) for r in cell.folder.answers()]
+    assert (summary["too_long"], summary["with_text"]) == (1, sum(map(bool, texts)))
 
 
 @pytest.mark.parametrize("use_references", [True, False])
