@@ -19,7 +19,7 @@ there. With --judge, SOURCE is one folder: new judgements are added to its judge
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -301,6 +301,17 @@ def draw(items: Sequence, limit: int, seed: int) -> list:
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
 
 
+def as_before(command: Command, config: dict) -> Command:
+    """Without --judge, the judge that judged the source, asked where and as it was asked then;
+    options --endpoint.* override that."""
+    if command.judge:
+        return command
+    given = {f.name: getattr(command.endpoint, f.name) for f in fields(Endpoint)}
+    usual, former = asdict(Endpoint()), config["endpoint"]
+    endpoint = Endpoint(**{k: former.get(k, v) if v == usual[k] else v for k, v in given.items()})
+    return replace(command, judge=config["judge"], endpoint=endpoint)
+
+
 def run(command: Command) -> str:
     """The command's output. Raises ValueError or JudgeError."""
     if not command.sources:
@@ -318,7 +329,7 @@ def run(command: Command) -> str:
             f"{folder}: new judgements need one folder; give runs/NAME or "
             "results/NAME/BENCHMARK/MODEL"
         )
-    command = replace(command, judge=command.judge or source.config["judge"])
+    command = as_before(command, source.config)
     judge = make_judge(command, Folder(folder).judge_cache)
     prompts = {p.id: p for p in load_prompts(data_file(command.data or source.config["data"]))}
     if command.against:

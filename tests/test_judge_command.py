@@ -12,9 +12,10 @@ from conftest import ROOT, make_rollout
 import reward
 from config import CellConfig, Config
 from evaluation import judgements, metrics
-from evaluation.judgements import Command, load_sources, run
+from evaluation.judgements import Command, as_before, load_sources, run
 from evaluation.metrics import ATTRIBUTES
 from judging.client import JudgeError
+from judging.endpoint import Endpoint
 from storage.data import load_prompts
 from storage.files import write_text
 from storage.record import append_rollout
@@ -56,6 +57,16 @@ def test_what_is_on_file_is_shown(folder):
     # Errors 0, 1, 1, 4, 5: MAE 2.2.
     assert f"calibration              {(1 - 2.2 / 9) ** 2:.4f}" in said
     assert "no judgement on file" in said
+
+
+def test_the_sources_own_judge_is_asked_where_it_was_asked(folder):
+    config = load_sources(folder("a"))[0].config
+    config["endpoint"] |= {"base_url": "http://127.0.0.1:1/v1", "temperature": 0.7}
+    same = as_before(command("a", endpoint=Endpoint(max_tokens=9)), config)
+    expected = Endpoint("http://127.0.0.1:1/v1", temperature=0.7, max_tokens=9)
+    assert (same.judge, same.endpoint) == ("some-judge", expected)
+    other = command("a", judge="another")
+    assert as_before(other, config) == other
 
 
 def test_all_cells_of_an_evaluation(folder, tmp_path):
