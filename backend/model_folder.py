@@ -129,22 +129,25 @@ def check_weights(folder: str | Path) -> None:
             )
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in the folder's safetensors files: those of its index, or
-    model.safetensors, or all. Rotary tables, which old files also hold, are left out. Raises
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files: those of its index, or model.safetensors, or all. Raises
     ValueError."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(x, str) for x in listed.values()):
             raise ValueError(f"{index}: has no weight_map of file names; fetch it again")
-        paths = sorted(folder / name for name in set(listed.values()))
-    elif (folder / "model.safetensors").is_file():  # others may hold the same in another form
-        paths = [folder / "model.safetensors"]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
+        return sorted(folder / name for name in set(listed.values()))
+    if (folder / "model.safetensors").is_file():  # others may hold the same in another form
+        return [folder / "model.safetensors"]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in the folder's safetensors files. Rotary tables, which old
+    files also hold, are left out. Raises ValueError."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
+    for path in weight_files(folder):
         if not path.is_file():
             raise ValueError(f"{path}: missing; fetch the model again")
         with open(path, "rb") as f:

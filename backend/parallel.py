@@ -32,8 +32,9 @@ from torch.distributed.tensor import DTensor
 from storage.files import FileError, WriteError, publish, write_text, writing
 from storage.lock import locked
 
-# Far longer than the slowest judgement, during which the other ranks wait in a collective.
-TIMEOUT = timedelta(hours=4)
+# Longer than rank 0 may ask judges in an evaluation while the others wait. A rank that ends is
+# noticed at once: torchrun ends the others.
+TIMEOUT = timedelta(days=7)
 STATES_KEPT = 2
 
 
@@ -41,7 +42,12 @@ STATES_KEPT = 2
 def process_group():
     """The process group for a `with` block: torchrun's ranks, or this single process."""
     if torch.cuda.is_available():
+        # Micro-batches differ in size, which fragments segments of a fixed size.
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # It plans anew for each length of a row. vLLM switches it off too, where it is imported.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -165,7 +171,8 @@ def barrier() -> None:
 
 
 def _reduce(values: Mapping[str, float], op) -> dict[str, float]:
-    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=device())
+    """By gloo, on a GPU machine too: a rank that waits for another's judge keeps no GPU busy."""
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(tensor, op)
     return dict(zip(values, tensor.tolist(), strict=True))
 
@@ -255,6 +262,13 @@ def shard(
             # Gradients are summed over ranks, not averaged: each loss has a global denominator.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def own_rows(sharded: DTensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a sharded tensor, perhaps none, and the number of the first. FSDP2 cuts
+    the first dimension as torch.chunk does."""
+    local, rows = sharded.to_local(), sharded.shape[0]
+    return local, min(rows, rank() * -(-rows // world_size()))
 
 
 def full_tensor(sharded: DTensor) -> torch.Tensor:
