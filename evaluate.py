@@ -357,7 +357,12 @@ def main() -> None:
     config = tyro.cli(EvaluationConfig, description=__doc__)
     try:
         parallel.refuse_restart()
-        config = with_judge_url(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
+        if not config.dry_run:
+            parallel.check_gpu()
+        # On a GPU the reader of digits takes the engine's place.
+        engine = dataclasses.replace(config.engine, sleep=True)
+        sampler = choose_sampler(config.sampler)
+        config = with_judge_url(dataclasses.replace(config, sampler=sampler, engine=engine))
         check_name(config.name)
         cells = config.cells()
         first = next(iter(cells.values()))

@@ -13,6 +13,7 @@ import random
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -153,6 +154,27 @@ def device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def check_gpu() -> None:
+    """Raise ValueError on a machine with a GPU that PyTorch cannot use, where all would run on CPU
+    in silence."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or hidden or not shutil.which("nvidia-smi"):
+        return
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    if listed.startswith("GPU"):
+        built = torch.version.cuda
+        remedy = (
+            f"is built for CUDA {built}, for which the driver is probably too old; update it"
+            if built
+            else "is a CPU build; run make setup"
+        )
+        raise ValueError(
+            f"{listed.splitlines()[0].split(' (UUID')[0]} cannot be used: PyTorch "
+            f"{torch.__version__} {remedy}. CUDA_VISIBLE_DEVICES=-1 before the command runs it on "
+            "CPU"
+        )
 
 
 def launch_id() -> int:
