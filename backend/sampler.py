@@ -402,8 +402,8 @@ class TransformersSampler:
             logits_to_keep=1,
         )
         logits = output.logits[:, -1].float()  # a row per prompt
-        group_sizes = torch.tensor([len(group) for group in groups], device=device)
-        rows = torch.arange(len(groups), device=device).repeat_interleave(group_sizes)  # (B,)
+        rows = [k for k, group in enumerate(groups) for _ in group]
+        rows = torch.tensor(rows, device=device)  # (B,)
         cache.batch_select_indices(rows)
         return logits[rows], cache, attended[rows]
 

@@ -46,6 +46,9 @@ aten = torch.ops.aten
 _VARLEN_BACKWARD = torch.ops.torch_attn._varlen_attn_backward.default
 
 
+_tolist = FakeTensor.tolist
+
+
 class _Stream:
     """Stream and event at once; there is one, and it is never behind."""
 
@@ -106,6 +109,10 @@ class Gpu(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # its parts come by themselves
+        if func.namespace == "aten" and torch.is_inference_mode_enabled():  # where composed operators come whole
+            with self:
+                if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return out
         if func is aten._local_scalar_dense.default:
             return self._number(args[0])
         if func in (aten.index.Tensor, aten.masked_select.default, aten.nonzero.default):
@@ -134,6 +141,15 @@ class Gpu(TorchDispatchMode):
             with _disable_current_modes():
                 return tensor.constant.item()
         return tensor.dtype is torch.bool or (1.0 if tensor.is_floating_point() else 1)
+
+    def listed(self, tensor):
+        """FakeTensor.tolist as one wait instead of one an element."""
+        if not _here(tensor):
+            return _tolist(tensor)
+        value = self._number(tensor)
+        for n in reversed(tensor.shape):
+            value = [value] * n
+        return value
 
     def _all_chosen(self, func, args):
         """Operators whose result has as many rows as are chosen: the most that there could be."""
@@ -235,6 +251,23 @@ def _sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, e
     return aten._scaled_dot_product_efficient_attention(q, k, v, mask, grad, scale=scale)[0]
 
 
+def _moved(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Module.to, which would swap the contents of tensors; fake ones refuse."""
+    moved: dict[torch.Tensor, torch.Tensor] = {}  # a tied weight moves once
+    for part in module.modules():
+        for kept in (part._parameters, part._buffers):
+            for name, x in kept.items():
+                if x is None:
+                    continue
+                if x not in moved:
+                    there = x.detach().to(device)
+                    if isinstance(x, torch.nn.Parameter):
+                        there = torch.nn.Parameter(there, x.requires_grad)
+                    moved[x] = there
+                kept[name] = moved[x]
+    return module
+
+
 @contextmanager
 def on(ranks: int = 4, rank: int = 0):
     """The device is `parallel.device()` and this process one of `ranks` for a `with` block."""
@@ -242,7 +275,7 @@ def on(ranks: int = 4, rank: int = 0):
     init, mesh = dist.init_process_group, parallel.init_device_mesh
     resize = torch.UntypedStorage.resize_
     propagate = ShardingPropagator._propagate_tensor_meta_non_cached
-    attend = packing.attend_without_mask
+    attend, make_generator = packing.attend_without_mask, torch.Generator
 
     def init_fake(*_, **__):
         init("fake_gpu", store=FakeStore(), rank=rank, world_size=ranks)
@@ -255,6 +288,10 @@ def on(ranks: int = 4, rank: int = 0):
         resize(storage, size)
         if storage._cdata in gpu.sizes:
             gpu.keep(storage)
+
+    def generator(device):
+        assert torch.device(device).type == NAME, f"a generator on {device}"
+        return make_generator()
 
     def known_pairs(query, key, value, scaling, prefix, lengths, ends):
         own = prefix * (prefix + 1) // 2 + sum(n * prefix + n * (n + 1) // 2 for n in lengths)
@@ -274,6 +311,9 @@ def on(ranks: int = 4, rank: int = 0):
             (parallel, "init_device_mesh", real_mesh),
             (dist, "init_process_group", init_fake),
             (torch.UntypedStorage, "resize_", counted_resize),
+            (torch.nn.Module, "to", _moved),
+            (torch, "Generator", generator),
+            (FakeTensor, "tolist", lambda tensor: gpu.listed(tensor)),
             (ShardingPropagator, "_propagate_tensor_meta_non_cached", uncounted),
             (F, "scaled_dot_product_attention", _sdpa),
             (packing, "attend_without_mask", known_pairs),

@@ -101,9 +101,70 @@ class Rank:
                 sft_masked.sft_step(self.policy, optimizer, update, config, self.config)
 
     def hand_over(self) -> None:
+        """Each gathered weight, one after the other."""
         with self.stage("hand-over"):
             for name, whole in self.policy.full_weights():
                 assert whole.device == fake_gpu.DEVICE and whole.dtype == torch.bfloat16, name
+
+    def save_and_restore(self, folder: Path, with_optimizer: bool) -> None:
+        """State as in cycle.Run: all of it lies on the device, and all that was saved comes
+        back."""
+        saved: dict[str, tuple] = {}
+
+        def tensors(optimizer) -> dict[str, torch.Tensor]:
+            found = {name: p.detach() for p, name in self.names.items()}
+            if optimizer is not None:
+                found |= parallel.optimizer_tensors(optimizer, self.names)
+            for name, t in found.items():  # a CPU tensor without dimensions would pass elsewhere
+                assert t.device == fake_gpu.DEVICE, f"{name} is on {t.device}"
+            return found
+
+        def local(t):
+            return t.to_local() if isinstance(t, torch.distributed.tensor.DTensor) else t
+
+        def save(tensors, checkpoint_id):
+            saved.update({name: (t.shape, t.dtype, local(t).cpu().shape)
+                          for name, t in tensors.items()})  # fmt: skip
+
+        def load(tensors, checkpoint_id):
+            assert saved.keys() == tensors.keys()
+            for name, t in tensors.items():
+                assert saved[name] == (t.shape, t.dtype, local(t).shape), name
+                local(t).copy_(torch.empty_like(local(t), device="cpu"))
+
+        fake = mock.patch.multiple(parallel.dcp, save=save, load=load)
+        with fake, self.stage("state with optimiser" if with_optimizer else "state"):
+            optimizer = self.optimizer if with_optimizer else None
+            parallel.save_state(folder / "cycle_001", tensors(optimizer), {})
+            fresh = make_optimizer(self.policy, GRPOConfig()) if with_optimizer else None
+            parallel.load_state(folder / "cycle_001", tensors(fresh))
+
+    def sample(self, tokenizer, params: sampler.SamplingParams, prompts: list[list[int]]) -> list:
+        """Two rollouts of each prompt by the transformers sampler, after a hand-over."""
+        with self.stage("transformers sampler"):
+            engine = sampler.TransformersSampler(
+                sampler.load_model(self.folder, torch.bfloat16), tokenizer, 64
+            )
+            engine.load_weights(self.policy, "c1s0")
+            requests = [sampler.Request(f"{ids}", k, ids, 0) for ids in prompts for k in (0, 1)]
+            return list(engine.sample(requests, params))
+
+    def read_digits(self, questions: list, rollouts: list = ()) -> list:
+        """By evaluate.py's reader, which has a whole model of its own."""
+        with self.stage("digits"):
+            reader = digits.Reader(self.folder, "bfloat16")
+            if rollouts:
+                reader.own(rollouts)
+            return reader.read(questions)
+
+    def export(self, folder: Path) -> None:
+        def save_file(weights, path, metadata):
+            assert all(w.device.type == "cpu" and w.dtype == torch.bfloat16
+                       for w in weights.values())  # fmt: skip
+            path.write_text(" ".join(weights))
+
+        with mock.patch.object(policy, "save_file", save_file), self.stage("export"):
+            policy.export(self.policy, self.folder, folder)
 
 
 @contextmanager
@@ -128,6 +189,7 @@ def rank(folder: Path, config: PolicyConfig, ranks: int = 4, number: int = 0):
         yield Rank(gpu, folder, config)
 
 
+@torch.no_grad()
 def _shards_are_in_place(model, folder) -> None:
     """In place of reading them: a copy from the host into each shard."""
     for name, p in model.named_parameters():
