@@ -117,7 +117,7 @@ class HeadLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_sum, entropy = ctx.saved_tensors
         per_token = torch.stack([log_sum, entropy, d_logp, d_entropy])[..., None]  # (4, N, 1)
         d_hidden = torch.empty_like(hidden)  # (N, D)
-        d_weight = None  # (V, D)
+        d_weight = None  # (V, D), a sum of several chunks in fp32
         size = HeadLogProbs.block(hidden.device.type)
         for start in range(0, len(targets), ctx.chunk):
             hidden_chunk = hidden[start : start + ctx.chunk]  # (n, D)
@@ -133,7 +133,9 @@ class HeadLogProbs(torch.autograd.Function):
                 block.copy_(d.div_(ctx.temperature))
             d_hidden[start : start + ctx.chunk] = logits @ weight
             product = logits.T @ hidden_chunk
-            d_weight = product if d_weight is None else d_weight.float().add_(product)
+            if len(targets) > ctx.chunk:
+                product = product.float() if d_weight is None else d_weight.add_(product)
+            d_weight = product
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
