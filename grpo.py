@@ -213,7 +213,8 @@ def rl_step(
         }
         sums = {name: value + sums.get(name, 0.0) for name, value in batch_sums.items()}
     grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
-    total = parallel.all_sum({name: float(value) for name, value in sums.items()})
+    values = torch.stack([value.double() for value in sums.values()]).tolist()
+    total = parallel.all_sum(dict(zip(sums, values, strict=True)))
 
     def rows_not_finite() -> list[str]:
         names = [f"prompt {r.prompt_id}, sample {r.sample}" for r in rollouts]

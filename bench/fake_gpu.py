@@ -17,7 +17,7 @@ that has imported it should do nothing else.
 """
 
 import os
-import traceback
+import sys
 import weakref
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -94,7 +94,7 @@ _own_kernels.impl("silu_backward", lambda grad, x: torch.empty_like(x), "Private
 
 
 class Gpu(TorchDispatchMode):
-    """The counters. now, peak: bytes. waits: {"file:line": times} where the host waits."""
+    """The counters. now, peak: bytes. waits: {"file.py function": times} where the host waits."""
 
     def __init__(self):
         super().__init__()
@@ -131,10 +131,13 @@ class Gpu(TorchDispatchMode):
     # Where the host waits
 
     def _wait(self) -> None:
-        ours = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT)
-                and Path(f.filename).parent.name != "bench" and ".venv" not in f.filename]  # fmt: skip
-        last = ours[-1] if ours else None
-        self.waits[f"{Path(last.filename).name}:{last.lineno}" if last else "?"] += 1
+        frame, skipped = sys._getframe(1), (str(ROOT / "bench"), str(ROOT / ".venv"))
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if file.startswith(str(ROOT)) and not file.startswith(skipped):
+                break
+            frame = frame.f_back
+        self.waits[f"{Path(file).name} {frame.f_code.co_name}" if frame else "elsewhere"] += 1
 
     def _number(self, tensor):
         """Some value of the type, which the host has waited for."""

@@ -37,7 +37,7 @@ class Stage(NamedTuple):
     flops: int
     moved: int  # bytes that kernels read and write
     kernels: int
-    waits: dict[str, int]  # {"file:line": how often the host waited}
+    waits: dict[str, int]  # {"file.py function": how often the host waited}
 
 
 class Rank:
@@ -59,9 +59,11 @@ class Rank:
         g = self.gpu
         self.stages[name] = Stage(g.peak, g.now, g.flops, g.moved, g.kernels, dict(g.waits))
 
-    def rl_steps(self, prompt: int, responses: list[int], prompts: int) -> None:
-        """Two steps, so that the second has AdamW's state: `prompts` prompts over all ranks, each
-        with responses of these lengths. Stages "share", "reference" and "RL step"."""
+    def rl_steps(
+        self, prompt: int, responses: list[int], prompts: int, steps: int = 2
+    ) -> None:
+        """`prompts` prompts over all ranks, each with responses of these lengths. The second step
+        has AdamW's state. Stages "share", "reference" and "RL step"."""
         self.optimizer = make_optimizer(self.policy, GRPOConfig())
         rollouts = [
             SimpleNamespace(
@@ -75,7 +77,7 @@ class Rank:
         groups = [r.prompt_id for r in rollouts]
         advantages = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
         config, grpo = self.config, GRPOConfig()
-        for _ in range(2):
+        for _ in range(steps):
             with self.stage("share"):
                 work = share_out(rows, groups, config.micro_batch_tokens, config.shared_prefix)
             with self.stage("reference"):

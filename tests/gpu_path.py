@@ -1,7 +1,6 @@
 """Not a test: what test_gpu.py runs in a process of its own, because a device cannot be taken back.
 
-    gpu_path.py path MODEL_FOLDER TMP RANKS RANK      every stage of a run -> {stage: figures}
-    gpu_path.py faults MODEL_FOLDER TMP               seeded faults -> {fault: what was said}
+    gpu_path.py MODEL_FOLDER TMP    {"path": {ranks: {options: {stage: figures}}}, "faults": ...}
 """
 
 import inspect
@@ -22,15 +21,33 @@ from backend.sampler import SamplingParams
 from evaluation import digits
 from evaluation.digits import Question
 
+# Three responses to each of five prompts: the last of four ranks has a filler in its second round.
+RL = (9, [6, 40, 20], 5)
 STAGES = {
-    "rl": lambda r, *_: r.rl_steps(9, [6, 40, 20], 5),  # the last of four ranks gets a filler
-    "sft": lambda r, *_: r.sft_steps(9, [16, 20, 30, 18, 15]),
+    "rl": lambda r, *_: r.rl_steps(*RL),
+    "sft": lambda r, *_: r.sft_steps(9, [16, 20, 30, 18, 15] * 6),
     "hand-over": lambda r, *_: r.hand_over(),
     "sample": lambda r, tokenizer, _: sample(r, tokenizer),
     "digits": lambda r, tokenizer, _: read(r, tokenizer),
-    "state": lambda r, _, tmp: [r.save_and_restore(tmp, both) for both in (False, True)],
+    "state": lambda r, _, tmp: state(r, tmp),
     "export": lambda r, _, tmp: r.export(tmp / f"export_{parallel.world_size()}"),
 }
+CONFIGS = {
+    "shared": {},
+    "padded": {"shared_prefix": False},
+    "official": {"parameters": "bfloat16"},
+    "fp32": {"dtype": "float32"},
+    "kept": {"gradient_checkpointing": False},
+}
+
+
+def state(r, tmp: Path) -> None:
+    """Before the first step, as in cycle.py's resume, and after it."""
+    r.optimizer = grpo.make_optimizer(r.policy, grpo.GRPOConfig())
+    r.save_and_restore(tmp, with_optimizer=False)
+    r.save_and_restore(tmp, with_optimizer=True)
+    r.rl_steps(*RL, steps=1)
+    r.save_and_restore(tmp, with_optimizer=True)
 
 
 def sample(r, tokenizer) -> None:
@@ -45,21 +62,12 @@ def read(r, tokenizer) -> None:
     assert all(len(x.free) == len(x.judge) == 5 for x in readings)
 
 
-def path(folder: Path, tmp: Path, ranks: int, rank: int) -> dict:
+def path(folder: Path, tmp: Path, ranks: int, number: int, configs) -> dict:
     tokenizer, found = load_tokenizer(folder), {}
-    configs = {
-        "shared": {},
-        "padded": {"shared_prefix": False},
-        "official": {"parameters": "bfloat16"},
-        "fp32": {"dtype": "float32"},
-        "kept": {"gradient_checkpointing": False},
-    }
-    for name, options in configs.items():
-        config = PolicyConfig(micro_batch_tokens=90, head_tokens=40, **options)
-        with gpu_trace.rank(folder, config, ranks, rank) as r:
+    for name in configs:
+        config = PolicyConfig(micro_batch_tokens=90, head_tokens=40, **CONFIGS[name])
+        with gpu_trace.rank(folder, config, ranks, number) as r:
             for stage in STAGES if name == "shared" else ("rl", "sft"):
-                if stage == "state":
-                    r.rl_steps(9, [6, 40, 20], 5)
                 STAGES[stage](r, tokenizer, tmp)
             found[name] = {k: s._asdict() for k, s in r.stages.items()} | {"packs": r.packs}
     return found
@@ -94,7 +102,8 @@ def changed(function, old: str, new: str):
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{function.__qualname__} has {source.count(old)} x {old!r}"
     names: dict = {}
-    exec(source.replace(old, new), function.__globals__, names)
+    code = compile(source.replace(old, new), inspect.getsourcefile(function), "exec")
+    exec(code, function.__globals__, names)
     made = names[function.__name__]
     return getattr(made, "__func__", getattr(made, "__wrapped__", made)).__code__
 
@@ -107,21 +116,23 @@ def faults(folder: Path, tmp: Path) -> dict:
         code, function.__code__ = function.__code__, changed(function, old, new)
         try:
             with gpu_trace.rank(folder, config, 4, 0) as r:
-                if stage == "state":
-                    r.rl_steps(9, [6, 40, 20], 5)
-                    r.optimizer.state.clear()
-                if stage != "load":
+                if stage == "rl":
+                    r.rl_steps(*RL, steps=1)
+                elif stage != "load":
                     STAGES[stage](r, tokenizer, tmp)
                 said[name] = {k: s.waits for k, s in r.stages.items()}
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"[:200]
         finally:
             function.__code__ = code
-            parallel.dist.destroy_process_group() if parallel.dist.is_initialized() else None
     return said
 
 
 if __name__ == "__main__":
-    what, folder, tmp, *numbers = sys.argv[1:]
-    found = globals()[what](Path(folder), Path(tmp), *map(int, numbers))
-    print(json.dumps(found))
+    folder, tmp = map(Path, sys.argv[1:])
+    found = {
+        "4": path(folder, tmp, 4, 3, CONFIGS),
+        "1": path(folder, tmp, 1, 0, ("shared",)),
+        "faults": faults(folder, tmp),
+    }
+    print(json.dumps(found), flush=True)
