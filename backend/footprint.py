@@ -42,7 +42,9 @@ def training(
         "AdamW": 2 * stored,
         "KL reference": itemsize(p.dtype) * m.parameters / ranks,
     }
-    moments = [at_head(p, m, tokens, gpu), in_layer(config, m, tokens, gpu), at_end(p, m)]
+    moments = [
+        at_head(p, m, tokens, gpu), in_layer(config, m, ranks, tokens, gpu), at_end(p, m, ranks)
+    ]  # fmt: skip
     if not gpu and p.shared_prefix:
         # Each token may attend to a whole row (packing.attention_calls).
         masks = itemsize(p.dtype) * m.heads_per_key * config.longest_row * tokens
@@ -76,7 +78,7 @@ def at_head(p: PolicyConfig, m: Size, tokens: int, gpu: bool) -> dict[str, float
     }
 
 
-def in_layer(config, m: Size, tokens: int, gpu: bool) -> dict[str, float]:
+def in_layer(config, m: Size, ranks: int, tokens: int, gpu: bool) -> dict[str, float]:
     """Backward of a layer: of its MLP, or of its attention."""
     p: PolicyConfig = config.policy
     size, keys = itemsize(p.dtype), m.kv_per_token / 2 / m.layers
@@ -89,20 +91,24 @@ def in_layer(config, m: Size, tokens: int, gpu: bool) -> dict[str, float]:
         attention += 4 * m.queries + 2 * size * m.queries * (1 + again) * (m.heads_per_key > 1)
     attention -= 4 * size * (m.feed_forward + m.hidden)  # what the MLP has given back
     return {
-        # The root's weights and the head's gradient; two layers, and the fp32 gradients of one on
-        # their way to the other ranks.
+        # The root's weights and the head's gradient; two layers, and the fp32 gradients of one, on
+        # their way to the other ranks and come back.
         "gathered weights and gradients": size * (root_parameters(m) + m.vocabulary * m.hidden)
-        + (2 * size + 4) * m.per_layer,
+        + (2 * size + 4 + 4 / ranks) * m.per_layer,
         "activations": activations(p, m) * tokens,
         "layer": (recomputed + max(mlp, attention)) * tokens,
     }
 
 
-def at_end(p: PolicyConfig, m: Size) -> dict[str, float]:
-    """The root's gradients on their way to the other ranks, in fp32."""
+def at_end(p: PolicyConfig, m: Size, ranks: int) -> dict[str, float]:
+    """The root's gradients in fp32, on their way to the other ranks and come back."""
     size, root = itemsize(p.dtype), root_parameters(m)
     both = size * m.vocabulary * m.hidden * m.tied  # of the embedding and of the head
-    return {"gathered weights and gradients": (2 * size + 4) * root + both + 4 * m.per_layer}
+    return {
+        "gathered weights and gradients": (2 * size + 4 + 4 / ranks) * root
+        + both
+        + 4 * m.per_layer
+    }
 
 
 def tokens_that_fit(config, m: Size, machine: "Machine", ranks: int, free: float) -> int:

@@ -7,7 +7,6 @@ they would hold is compared with what is asked for.
 
 import sys
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -209,20 +208,3 @@ QWEN3_4B = dict(
     head_dim=128, vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
     rope_theta=1e6, tie_word_embeddings=True, attention_bias=False, torch_dtype="bfloat16",
 )  # fmt: skip
-# (prompt tokens, response tokens of each rollout, prompts a rank, options)
-CASES = {
-    "4,096 + 8,192 + 4,096": (4096, [8192, 4096], 1, {}),
-    "the same, two packs": (4096, [8192, 4096], 2, {}),
-    "1,000 + 8 x 1,000": (1000, [1000] * 8, 1, {}),
-    "1,000 + 8,192": (1000, [8192], 1, {}),
-    "padded, 2 x 8,192": (4096, [4096, 4096], 1, {"shared_prefix": False}),
-    "official, 4,096 + 8,192 + 4,096": (4096, [8192, 4096], 1, {"parameters": "bfloat16"}),
-    "no checkpointing, the same": (4096, [8192, 4096], 1, {"gradient_checkpointing": False}),
-}
-
-
-def rl_case(folder: Path, case: str, ranks: int) -> Rank:
-    prompt, responses, prompts, options = CASES[case]
-    with rank(folder, replace(PolicyConfig(), **options), ranks) as r:
-        r.rl_steps(prompt, responses, prompts * ranks)
-    return r
