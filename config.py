@@ -117,6 +117,9 @@ class Config(CommonConfig):
     dry_run: bool = False
     """Print the plan of the run and stop before the model is loaded: window, batches, schedule,
     memory, judge calls and cost, files."""
+    self_check: bool = False
+    """Check this machine with a small random model, print one page and stop (self_check.py). Needs
+    no model, data or judge."""
     show_batch: bool = False
     """Print the first row of each phase with its loss mask in colour. The output contains a prompt
     and an answer of the run."""

@@ -44,6 +44,12 @@ from backend.policy import Policy
 from storage.options import Finite, NotNegative, Options, Positive, in_range
 from storage.record import Rollout
 
+# What a step's figures must be, whatever is learnt. Not in the paper: nats per token; two bf16
+# forwards of the same weights differ by about 0.02.
+GAP_ALARM = 0.1
+# Not in the paper: nats per token that rounding can make of a KL of zero.
+KL_ALARM = {"float32": 1e-6, "bfloat16": 1e-3}
+
 
 @dataclass(frozen=True)
 class GRPOConfig(Options):
@@ -268,7 +274,9 @@ def recorded_values(
             sampled[b, response] = torch.tensor(r.sampled_logp)
             has_logp[b, response] = True
         at_score[b, [start + p for p in r.score_positions or ()]] = True
-    return Recorded(*(x.to(parallel.device()) for x in (own, rewarded, sampled, has_logp, at_score)))
+    return Recorded(
+        *(x.to(parallel.device()) for x in (own, rewarded, sampled, has_logp, at_score))
+    )
 
 
 def _sum_where(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

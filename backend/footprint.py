@@ -28,9 +28,7 @@ MARGIN = 1.2
 CONTEXT = 2e9
 
 
-def training(
-    config, m: Size, ranks: int, gpu: bool, tokens: int | None = None
-) -> dict[str, float]:
+def training(config, m: Size, ranks: int, gpu: bool, tokens: int | None = None) -> dict[str, float]:
     """Peak of a rank in a training step of several micro-batches, by part, without the sampler
     (`config` is cycle's). tokens: of a micro-batch; None: as configured."""
     p: PolicyConfig = config.policy
@@ -105,9 +103,7 @@ def at_end(p: PolicyConfig, m: Size, ranks: int) -> dict[str, float]:
     size, root = itemsize(p.dtype), root_parameters(m)
     both = size * m.vocabulary * m.hidden * m.tied  # of the embedding and of the head
     return {
-        "gathered weights and gradients": (2 * size + 4 + 4 / ranks) * root
-        + both
-        + 4 * m.per_layer
+        "gathered weights and gradients": (2 * size + 4 + 4 / ranks) * root + both + 4 * m.per_layer
     }
 
 

@@ -220,8 +220,10 @@ def model_size(folder: str | Path) -> Size:
         vocabulary=config.vocab_size,
         feed_forward=config.intermediate_size,
         queries=config.num_attention_heads * head_size,
-        saved={name: _saved_per_token(_meta_model(folder), getattr(torch, name))
-               for name in ("bfloat16", "float32")},
+        saved={
+            name: _saved_per_token(_meta_model(folder), getattr(torch, name))
+            for name in ("bfloat16", "float32")
+        },
         kv_per_token=config.num_hidden_layers * 2 * config.num_key_value_heads * head_size,
         heads_per_key=config.num_attention_heads // config.num_key_value_heads,
         tied=config.tie_word_embeddings,

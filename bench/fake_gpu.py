@@ -84,9 +84,7 @@ class _Backend(backend_registration._DummyBackendModule):
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
-dist.Backend.register_backend(
-    "fake_gpu", _create_fake_pg, extended_api=True, devices=["cpu", NAME]
-)
+dist.Backend.register_backend("fake_gpu", _create_fake_pg, extended_api=True, devices=["cpu", NAME])
 DEVICE = torch.device(NAME, 0)
 # One kernel on CUDA; on a device without its own PyTorch would take it apart.
 _own_kernels = torch.library.Library("aten", "IMPL")
@@ -112,7 +110,9 @@ class Gpu(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # its parts come by themselves
-        if func.namespace == "aten" and torch.is_inference_mode_enabled():  # where composed operators come whole
+        if (
+            func.namespace == "aten" and torch.is_inference_mode_enabled()
+        ):  # where composed operators come whole
             with self:
                 if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return out
@@ -186,8 +186,11 @@ class Gpu(TorchDispatchMode):
             real = _here(args[0])
         else:
             return
-        if crosses and real and any(_here(t) for t in tree_leaves(args)) | (
-            torch.device(kwargs.get("device") or "cpu").type == NAME
+        if (
+            crosses
+            and real
+            and any(_here(t) for t in tree_leaves(args))
+            | (torch.device(kwargs.get("device") or "cpu").type == NAME)
         ):
             self._wait()
 

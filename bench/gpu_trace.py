@@ -58,9 +58,7 @@ class Rank:
         g = self.gpu
         self.stages[name] = Stage(g.peak, g.now, g.flops, g.moved, g.kernels, dict(g.waits))
 
-    def rl_steps(
-        self, prompt: int, responses: list[int], prompts: int, steps: int = 2
-    ) -> None:
+    def rl_steps(self, prompt: int, responses: list[int], prompts: int, steps: int = 2) -> None:
         """`prompts` prompts over all ranks, each with responses of these lengths. The second step
         has AdamW's state. Stages "share", "reference" and "RL step"."""
         self.optimizer = make_optimizer(self.policy, GRPOConfig())

@@ -1,6 +1,6 @@
 """Not a test: what test_gpu.py runs in a process of its own, because a device cannot be taken back.
 
-    gpu_path.py MODEL_FOLDER TMP    {"path": {ranks: {options: {stage: figures}}}, "faults": ...}
+gpu_path.py MODEL_FOLDER TMP    {"path": {ranks: {options: {stage: figures}}}, "faults": ...}
 """
 
 import inspect

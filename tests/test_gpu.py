@@ -45,7 +45,7 @@ def test_the_host_waits_for_the_gpu_only_before_and_after_a_steps_micro_batches(
         packs, waits = case["packs"], waits_of(case)
         assert waits["reference"] == waits.get("hand-over", {}) == {}
         assert waits["RL step"] == {
-            "grpo.py <genexpr>": 4 * packs,  # recorded_values
+            "grpo.py <genexpr>": 5 * packs,  # recorded_values
             "parallel.py clip_grad_norm": 1,
             "grpo.py rl_step": 1,
         }

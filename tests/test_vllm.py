@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 import prompts
-from cycle import GAP_ALARM
+from grpo import GAP_ALARM
 from judge import LLMJudge
 from judging.client import Background, ChatClient, JudgeError
 from judging.endpoint import ClientConfig, Endpoint, Service
