@@ -1,9 +1,9 @@
 """Memory of one rank and disk of one run by formula, from a model's config.json alone.
 
-tests/test_footprint.py holds the formula against what the project's own step takes on a GPU that is
-not there (bench/fake_gpu.py), and against measured steps on CPU; bench/memory.py prints both for
-any machine. For what neither sees MARGIN, and on a GPU CONTEXT, are kept free. All figures are bytes
-unless named otherwise.
+tests/test_footprint.py holds the formula against what the project's own step takes on a GPU that
+is not there (bench/fake_gpu.py), and against measured steps on CPU; bench/memory.py prints formula
+and trace for any machine. For what neither sees MARGIN, and on a GPU CONTEXT, are kept free. All
+figures are bytes unless named otherwise.
 """
 
 import math
@@ -21,8 +21,8 @@ from backend.parallel import world_size
 from backend.policy import HeadLogProbs, PolicyConfig
 
 GB = 1e9
-# Not in the formula: fragmentation of the allocator, temporaries of libraries. A measured step on CPU
-# takes up to 1.2 times the formula; no GPU has been measured.
+# Not in the formula: fragmentation of the allocator, temporaries of libraries. A measured step on
+# CPU takes up to 1.2 times the formula; no GPU has been measured.
 MARGIN = 1.2
 # Not in the formula: a CUDA context with its loaded kernels, NCCL's buffers, cuBLAS's workspace.
 CONTEXT = 2e9

@@ -110,10 +110,8 @@ class Gpu(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # its parts come by themselves
-        if (
-            func.namespace == "aten" and torch.is_inference_mode_enabled()
-        ):  # where composed operators come whole
-            with self:
+        if func.namespace == "aten" and torch.is_inference_mode_enabled():
+            with self:  # composed operators come whole there
                 if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return out
         if func is aten._local_scalar_dense.default:

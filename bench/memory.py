@@ -3,10 +3,10 @@
     python bench/memory.py --model DIR --gpus 4 --gpu_gb 96
 
 DIR needs a config.json and nothing else. Each case is traced: the run's own step is taken on a GPU
-that is not there (fake_gpu.py), where memory, FLOPs and traffic are counted and nothing is computed;
-beside it stands the formula that --dry_run uses (backend/footprint.py). About a quarter of a minute
-a case for Qwen3-4B. No GPU has been measured: a CUDA context, NCCL's buffers and fragmentation are
-the margin, not the trace.
+that is not there (fake_gpu.py), where memory, FLOPs and traffic are counted and nothing is
+computed; beside it stands the formula that --dry_run uses (backend/footprint.py). About a quarter
+of a minute a case for Qwen3-4B. No GPU has been measured: a CUDA context, NCCL's buffers and
+fragmentation are in the margin and not in the trace.
 """
 
 import argparse

@@ -7,17 +7,22 @@ import inspect
 import json
 import sys
 import textwrap
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import gpu_trace
+import torch
 from conftest import make_rollout
 
 import grpo
+import self_check
 import sft_masked
 from backend import packing, parallel, policy, sampler
 from backend.model_folder import load_tokenizer
 from backend.policy import PolicyConfig
 from backend.sampler import SamplingParams
+from config import PRESETS
 from evaluation import digits
 from evaluation.digits import Question
 
@@ -73,28 +78,121 @@ def path(folder: Path, tmp: Path, ranks: int, number: int, configs) -> dict:
     return found
 
 
+def check_itself(folder: Path, tmp: Path) -> list:
+    """self_check's parts that need a GPU. Numbers mean nothing here; that no device is mixed up and
+    that the peak is the formula's do."""
+
+    def config_only(path: Path, sizes: dict, vocabulary: int) -> None:
+        path.mkdir()
+        settings = sizes | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": vocabulary}
+        settings |= {"model_type": "qwen3", "tie_word_embeddings": True}
+        (path / "config.json").write_text(json.dumps(settings))
+
+    config = PRESETS["paper"]
+    with gpu_trace.rank(folder, config.policy, 4, 0) as r, ExitStack() as stack:
+        for owner, name, value in (
+            (self_check, "_write_model", config_only),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "empty_cache", lambda: None),
+            (torch.cuda, "memory_allocated", lambda: r.gpu.now),
+            (torch.cuda, "reset_peak_memory_stats", r.gpu.reset),
+            (torch.cuda, "max_memory_allocated", lambda: r.gpu.peak),
+            (torch.cuda, "max_memory_reserved", lambda: r.gpu.peak),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        return [
+            *self_check.Steps(config, folder).attention(),
+            *self_check.memory(config, tmp / "large"),
+        ]
+
+
 # What is changed in a function's source, and the stage that must notice.
 FAULTS = {
-    "ids on the CPU": (packing._batch, "torch.tensor(ids, device=device)", "torch.tensor(ids)", "rl"),
-    "ends on the CPU": (packing._batch, "dtype=torch.int32, device=device", "dtype=torch.int32", "rl"),
-    "mask on the CPU": (packing._batch, "scored.to(device),\n        scored.to(device)", "scored.to(device),\n        scored", "rl"),
-    "scored on the CPU": (packing._batch, "scored.to(device),\n        scored.to(device)", "scored,\n        scored.to(device)", "rl"),
-    "targets on the CPU": (packing._batch, "torch.tensor(targets, dtype=torch.long, device=device)", "torch.tensor(targets)", "rl"),
+    "ids on the CPU": (
+        packing._batch,
+        "torch.tensor(ids, device=device)",
+        "torch.tensor(ids)",
+        "rl",
+    ),
+    "ends on the CPU": (
+        packing._batch,
+        "dtype=torch.int32, device=device",
+        "dtype=torch.int32",
+        "rl",
+    ),
+    "mask on the CPU": (
+        packing._batch,
+        "scored.to(device),\n        scored.to(device)",
+        "scored.to(device),\n        scored",
+        "rl",
+    ),
+    "scored on the CPU": (
+        packing._batch,
+        "scored.to(device),\n        scored.to(device)",
+        "scored,\n        scored.to(device)",
+        "rl",
+    ),
+    "targets on the CPU": (
+        packing._batch,
+        "torch.tensor(targets, dtype=torch.long, device=device)",
+        "torch.tensor(targets)",
+        "rl",
+    ),
     "zeros on the CPU": (policy.Policy.forward, ", device=hidden.device", "", "rl"),
     "head's values on the CPU": (policy.HeadLogProbs.forward, ", device=hidden.device", "", "rl"),
     "rotary tables on the CPU": (policy.load_policy, ").to(parallel.device())", ")", "load"),
-    "a shard on the CPU": (policy.load_policy, "policy.to_empty(device=parallel.device())", "policy.to_empty(device='cpu')", "load"),
+    "a shard on the CPU": (
+        policy.load_policy,
+        "policy.to_empty(device=parallel.device())",
+        "policy.to_empty(device='cpu')",
+        "load",
+    ),
     "advantages on the CPU": (grpo.recorded_values, "x.to(parallel.device())", "x", "rl"),
-    "AdamW's step on the CPU": (parallel.optimizer_tensors, "torch.zeros((), device=p.device)", "torch.zeros(())", "state"),
-    "sampler's mask on the CPU": (sampler.TransformersSampler._prefill, "torch.tensor(mask, device=device)", "torch.tensor(mask)", "sample"),
-    "sampler's model on the CPU": (sampler.TransformersSampler.__init__, "model.to(parallel.device())", "model", "sample"),
+    "AdamW's step on the CPU": (
+        parallel.optimizer_tensors,
+        "torch.zeros((), device=p.device)",
+        "torch.zeros(())",
+        "state",
+    ),
+    "sampler's mask on the CPU": (
+        sampler.TransformersSampler._prefill,
+        "torch.tensor(mask, device=device)",
+        "torch.tensor(mask)",
+        "sample",
+    ),
+    "sampler's model on the CPU": (
+        sampler.TransformersSampler.__init__,
+        "model.to(parallel.device())",
+        "model",
+        "sample",
+    ),
     "digits' ids on the CPU": (digits.Reader._tensor, ", device=self.model.device", "", "digits"),
     "an export from the GPU": (policy.export, "tensor.cpu()", "tensor", "export"),
-    "a wait in the RL loop": (grpo.rl_step, "loss.backward()", "loss.backward(); loss.item()", "rl"),
-    "chosen tokens in the RL loop": (grpo._sum_where, "torch.where(mask, values, torch.zeros_like(values))", "values[mask]", "rl"),
-    "a list as an index in the RL loop": (grpo.rl_step, "known.advantages", "known.advantages[list(range(len(known.advantages)))]", "rl"),
-    "a copy in the SFT loop": (sft_masked.sft_step, "losses.append(loss.detach())", "losses.append(loss.detach().cpu())", "sft"),
-}  # fmt: skip
+    "a wait in the RL loop": (
+        grpo.rl_step,
+        "loss.backward()",
+        "loss.backward(); loss.item()",
+        "rl",
+    ),
+    "chosen tokens in the RL loop": (
+        grpo._sum_where,
+        "torch.where(mask, values, torch.zeros_like(values))",
+        "values[mask]",
+        "rl",
+    ),
+    "a list as an index in the RL loop": (
+        grpo.rl_step,
+        "known.advantages",
+        "known.advantages[list(range(len(known.advantages)))]",
+        "rl",
+    ),
+    "a copy in the SFT loop": (
+        sft_masked.sft_step,
+        "losses.append(loss.detach())",
+        "losses.append(loss.detach().cpu())",
+        "sft",
+    ),
+}
 
 
 def changed(function, old: str, new: str):
@@ -133,6 +231,7 @@ if __name__ == "__main__":
     found = {
         "4": path(folder, tmp, 4, 3, CONFIGS),
         "1": path(folder, tmp, 1, 0, ("shared",)),
+        "self_check": check_itself(folder, tmp),
         "faults": faults(folder, tmp),
     }
     print(json.dumps(found), flush=True)

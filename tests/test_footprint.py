@@ -167,9 +167,8 @@ def test_the_formula_is_within_a_tenth_of_the_trace(tmp_path):
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    ratios = dict(
-        zip(SHAPES, map(lambda f, t: f / t, formula, json.loads(done.stdout)), strict=True)
-    )
+    traced = json.loads(done.stdout)
+    ratios = {n: f / t for n, f, t in zip(SHAPES, formula, traced, strict=True)}
     assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), ratios
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, finish, start_ranks
 
 from backend import parallel
 from backend.model_folder import model_size
@@ -139,3 +139,48 @@ def test_the_digit_reader_takes_a_number_of_tokens_and_not_of_rows(monkeypatch):
     # By length 12 9 9 5 5 3: 12 alone; 2 x 9 = 18; 3 x 5 = 15.
     assert digits._batches([5, 12, 9, 3, 9, 5]) == [[1], [2, 4], [0, 5, 3]]
     assert digits._batches([50, 1]) == [[0], [1]] and digits._batches([]) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# cycle.py --self_check
+
+
+def test_the_self_checks_parts_for_a_gpu_run(found):
+    attention, memory = found["self_check"]
+    assert attention[0].startswith("attention without a mask") and attention[1] is not None
+    assert memory[1] is True, memory  # the traced peak is within a tenth of the formula
+
+
+def test_self_check_is_one_page_of_what_is_as_promised(tmp_path):
+    args = [str(ROOT / "cycle.py"), "--self_check", "--sampler", "transformers"]
+    page = finish(start_ranks(2, args, tmp_path))
+    assert "2 rank(s)" in page and "11 as promised, 0 not, 2 not run" in page
+    assert page.count("\nok ") == 11 and page.count("needs a GPU") == 2
+    assert not list(tmp_path.iterdir())
+
+
+STALE = """
+import dataclasses
+import cycle
+from backend.sampler import TransformersSampler
+
+real, calls = TransformersSampler.load_weights, []
+
+
+def once(self, policy, version="handed over"):
+    calls.append(version)
+    if len(calls) == 1:
+        real(self, policy, version)
+
+
+TransformersSampler.load_weights = once
+cycle.main()
+"""
+
+
+def test_self_check_notices_a_sampler_with_old_weights(tmp_path):
+    args = ["-c", STALE, "--self_check", "--sampler", "transformers"]
+    [process] = start_ranks(1, args, tmp_path, PYTHONPATH=str(ROOT))
+    page = process.communicate(timeout=240)[0]
+    assert process.returncode == 1 and "10 as promised, 1 not, 2 not run" in page
+    assert re.search(r"NOT AS PROMISED +RL step 2: sampler against trainer", page)

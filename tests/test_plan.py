@@ -174,7 +174,8 @@ def test_a_value_out_of_range_is_refused_where_it_is_given(options, field, value
 
 NO_RANGE = {
     Config: {"use_references", "template", "few_shot", "sampler", "judge", "preset", "name",
-             "model", "data", "reference", "distil", "dry_run", "show_batch", "wandb"},
+             "model", "data", "reference", "distil", "dry_run", "self_check", "show_batch",
+             "wandb"},
     EvaluationConfig: {"use_references", "template", "few_shot", "sampler", "judge", "models",
                        "benchmarks", "name", "judges", "stronger", "stages", "training_run",
                        "drop_duplicates", "dtype", "dry_run"},
@@ -185,7 +186,7 @@ NO_RANGE = {
     SFTConfig: set(),
     RewardConfig: set(),
     SamplingParams: set(),
-    EngineConfig: {"sleep"},
+    EngineConfig: {"sleep", "async_scheduling"},
     PolicyConfig: {"dtype", "parameters", "shared_prefix", "attn", "gradient_checkpointing"},
     ClientConfig: {"key_variable"},
     Endpoint: {"base_url", "token_limit", "output", "request"},
