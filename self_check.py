@@ -226,7 +226,7 @@ class Steps:
         )
 
         def attend(dtype: torch.dtype, ends: bool) -> list[torch.Tensor]:
-            inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+            inputs = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
             given = packing.attention_arguments(batch, 4, torch.bfloat16 if ends else torch.float32)
             if not ends:
                 given["calls"] = packing.attention_calls(batch, 4, dtype)
