@@ -26,13 +26,12 @@ from config import PRESETS  # noqa: E402
 CARDS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 # Prompt tokens, response tokens of each rollout, prompts a rank, options of the policy.
 CASES = {
-    "4,096 + 8,192 + 4,096": (4096, [8192, 4096], 1, {}),
-    "the same, two packs": (4096, [8192, 4096], 2, {}),
-    "1,000 + 8 x 1,000": (1000, [1000] * 8, 1, {}),
-    "1,000 + 8,192": (1000, [8192], 1, {}),
-    "2 x 8,192, padded": (4096, [4096, 4096], 1, {"shared_prefix": False}),
-    "two packs, official": (4096, [8192, 4096], 2, {"parameters": "bfloat16"}),
-    "one pack, kept": (4096, [8192, 4096], 1, {"gradient_checkpointing": False}),
+    "4,096 + 8,192 + 4,096": (4096, [8192, 4096], 2, {}),
+    "1,000 + 8 x 1,000": (1000, [1000] * 8, 2, {}),
+    "1,000 + 8,192": (1000, [8192], 2, {}),
+    "the first, official": (4096, [8192, 4096], 2, {"parameters": "bfloat16"}),
+    "the first, kept": (4096, [8192, 4096], 2, {"gradient_checkpointing": False}),
+    "2 x 8,192, padded": (4096, [4096, 4096], 2, {"shared_prefix": False}),
 }
 
 
