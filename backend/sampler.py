@@ -194,7 +194,7 @@ class VLLMSampler:
         self.tokenizer = tokenizer
         self.eos = end_of_sequence(tokenizer, generation_config(folder))
         self.dtype = getattr(torch, dtype)
-        self.sleeps, self.asleep = config.sleep, False
+        self.sleeps, self.asleep = config.sleep and torch.cuda.is_available(), False
         self.weight_version = version
         self.llm.update_weight_version(version)
         self._expected_names = weight_shapes(Path(folder)).keys() | {"lm_head.weight"}
