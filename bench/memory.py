@@ -66,7 +66,7 @@ def main() -> None:
         tokens = prompt + sum(responses)
         if not policy.shared_prefix:
             tokens = rows * (prompt + max(responses))
-        same = replace(config, policy=policy, prompt_tokens=prompt, rollouts=rows)
+        same = replace(config, policy=policy, prompt_tokens=prompt, rollouts=max(2, rows))
         formula = sum(footprint.training(same, size, args.gpus, True, tokens).values())
         step = stages["RL step"].peak
         scale = config.batch * config.rollouts / args.gpus / (prompts * rows)

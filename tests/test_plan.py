@@ -294,7 +294,7 @@ def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
         "gradients": 4 * p / 2,
         "AdamW": 8 * p / 2,
         "KL reference": 2 * p / 2,
-        # Of 64 rollouts: two layers, two heads of 32, keys and values; a step's own parts make room.
+        # Of 64 rollouts: two layers, two heads of 32, keys and values; a step's parts make room.
         "keys and values of rollouts": pytest.approx(64 * 820 * 2 * 2 * 32 * 2 * 2 - step),
         # bf16 weights of the root and of two layers, the head's gradient; fp32 gradients of a layer
         # before and after they are added over two ranks.
