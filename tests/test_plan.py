@@ -286,16 +286,14 @@ def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
     saved = setup.size.saved["bfloat16"]
     got = memory(config, setup.size, this_machine())
     margin = got.pop("margin")
-    of_step = ("gathered weights and gradients", "activations", "attention masks", "layer")
-    step = sum(got[name] for name in of_step)
-    assert margin == pytest.approx(0.2 * (sum(got.values()) - got["sampler"]))
+    assert margin == pytest.approx(0.3 * (sum(got.values()) - got["sampler"]))
     assert got == {
         "parameters": 4 * p / 2,
         "gradients": 4 * p / 2,
         "AdamW": 8 * p / 2,
         "KL reference": 2 * p / 2,
-        # Of 64 rollouts: two layers, two heads of 32, keys and values; a step's parts make room.
-        "keys and values of rollouts": pytest.approx(64 * 820 * 2 * 2 * 32 * 2 * 2 - step),
+        # Of 64 rollouts: 64 x 820 tokens x 512 bytes find room in what a step takes.
+        "keys and values of rollouts": 0,
         # bf16 weights of the root and of two layers, the head's gradient; fp32 gradients of a layer
         # before and after they are added over two ranks.
         "gathered weights and gradients": 2 * (p - 2 * layer) + 2 * v * 128 + (4 + 4 + 2) * layer,
@@ -303,8 +301,10 @@ def test_memory_and_disk_by_hand(tiny, monkeypatch, tokenizer):
         # Two heads share their keys; rows have up to 700 + 120 tokens.
         "attention masks": 2 * 2 * 2000 * (700 + 120),
         # One layer: what it saves, the prefix's keys and values again for each of 4 rollouts, and
-        # twice the MLP's width and the hidden size.
-        "layer": pytest.approx(2000 * (saved + 2 * 2 * 64 * 4 * 700 / 2000 + 2 * 2 * (128 + 128))),
+        # twice the MLP's width and the hidden size; on CPU 2.5 times as much.
+        "layer": pytest.approx(
+            2.5 * 2000 * (saved + 2 * 2 * 64 * 4 * 700 / 2000 + 2 * 2 * (128 + 128))
+        ),
         "sampler": 2 * p,
     }
     # The head decides where few tokens meet a large chunk: bf16 logits of 820 tokens and either the
