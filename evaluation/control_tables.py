@@ -141,7 +141,7 @@ def predictors_table(results: Results) -> Table:
         "prompt's other answers. References: the median human label of the prompt's reference "
         "responses.",
         rows(results, columns),
-        higher=("its scores", "most probable", "skill"),
+        higher=("its scores", "most probable"),
     )
 
 
@@ -171,6 +171,7 @@ def ceiling(results: Results) -> Table:
         "by extrapolation to infinitely many judgements (needs four). Skill: (calibration - window "
         "constant) / (ceiling - window constant).",
         rows(results, columns, lambda c: any(len(draws) > 1 for draws in c.draws.values())),
+        higher=("its scores", "skill"),
     )
 
 
@@ -236,7 +237,7 @@ def discrimination(results: Results) -> Table:
         "means. Where the model gives all answers to a prompt the same quality, there is no tau: "
         "these prompts are counted, and are in the accuracy.",
         rows(results, columns, lambda c: c.valid),
-        higher=[header for header in columns if header != "pairs"],
+        higher=[header for header in columns if ":" in header],
     )
 
 

@@ -77,6 +77,8 @@ def distributions(results: Results, before: str) -> Table:
         f"Ten-digit distributions, after the {'model' if before == 'own' else 'judge'}'s digits",
         note,
         rows(results, columns, lambda c: c.log_probabilities("own")[0]),
+        higher=("AUROC",),
+        lower=("NLL", "RPS", "calibration error", "MAE of the expected score"),
     )
 
 
@@ -132,6 +134,7 @@ def errors(results: Results) -> Table:
             if cells[0].valid
             for a, attribute in enumerate(ATTRIBUTES)
         ],
+        higher=("kappa", "correlation", "Spearman", "given length"),
     )
 
 
