@@ -85,6 +85,19 @@ class Reader:
         return [log_probs[i] for i in range(len(rollouts))]
 
     @torch.inference_mode()
+    def states(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The last hidden state (D,) of each prompt's last token."""
+        found: dict[int, list[float]] = {}
+        for rows in _batches([len(ids) for ids in prompts]):
+            width = max(len(prompts[i]) for i in rows)
+            padded = self._tensor([[*prompts[i], *[0] * (width - len(prompts[i]))] for i in rows])
+            # Causal attention: no real token attends to the padding after it.
+            hidden = self.model.model(input_ids=padded, use_cache=False).last_hidden_state
+            for b, i in enumerate(rows):
+                found[i] = hidden[b, len(prompts[i]) - 1].float().tolist()
+        return [found[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
     def read(self, questions: Sequence[Question]) -> list[Reading | None]:
         """One reading per question; None where a score digit would not be a single-digit token."""
         blocks = [self._tokenise(q) for q in questions]
