@@ -9,13 +9,14 @@ import numpy as np
 
 from evaluation import controls, intervals
 from evaluation.controls import DIGITS
-from evaluation.intervals import Estimate, Scale
+from evaluation.intervals import Estimate, Interval, Scale
 from evaluation.paper_tables import MAIN
 from evaluation.results import Cell, key_of
-from evaluation.table import Column, Results, Table, Values, mean, measure, rows, statistic
+from evaluation.table import Column, Figure, Results, Table, Values, mean, measure, rows, statistic
 from prompts import ATTRIBUTES
 from storage.run_folder import file_name
 
+FEWEST_FOR_ERROR = 60  # prompts for an interval of the calibration error
 LOW = 0.5  # AUROC and calibration error: does the model predict a quality below this?
 
 
@@ -40,26 +41,38 @@ def distributions(results: Results, before: str) -> Table:
     def auroc(c: Cell) -> Estimate | None:
         stated, low, prompts = low_quality(c)
         area = controls.auroc(stated, low)
-        return intervals.of_weights(lambda w: intervals.LOGIT.to(area(w)), prompts)
+        found = intervals.of_weights(lambda w: intervals.LOGIT.to(area(w)), prompts)
+        few = min(low.sum(), (~low).sum()) < intervals.FEWEST  # then no interval
+        return found and found._replace(pulls=found.pulls * (np.nan if few else 1))
 
     def too_high(c: Cell) -> Values:
         stated, low, prompts = low_quality(c)
         return stated - low, prompts
 
     def calibration_error(c: Cell) -> Estimate | None:
-        """Without pulls: bench/coverage.py finds no interval that holds it."""
         stated, low, prompts = low_quality(c)
         bins = controls.calibration_bins(stated, low)
         found = intervals.of_sums(controls.calibration_error, bins, prompts, debias=True)
-        return found and found._replace(pulls=found.pulls * np.nan)
+        few = found and len(found.prompts) < FEWEST_FOR_ERROR  # then no interval
+        return found and found._replace(pulls=found.pulls * (np.nan if few else 1))
+
+    def of_one_evaluation(column: Column) -> Column:
+        """No interval for several evaluations: bench/coverage.py has not tried it."""
+
+        def figure(cells: list[Cell]) -> Figure:
+            found = column(cells)
+            several = len(cells) > 1 and isinstance(found, Interval)
+            return found._replace(low=None, high=None) if several else found
+
+        return figure
 
     note = (
         "Negative log-likelihood of the judge's digit (nats) and ranked probability score, both "
         f"per position, lower is better; whether a quality below {LOW} is predicted: area under "
         "the ROC curve; stated - true, the mean stated probability minus the frequency; "
         "calibration error, the mean squared distance of the two in ten bins of equal size, "
-        "without what chance adds (so it can be below 0, and 0 is calibrated; no interval is known "
-        "to hold it); mean absolute error of the expected score."
+        "without what chance adds (so it can be below 0, and 0 is calibrated); mean absolute error "
+        "of the expected score."
     )
     if before == "judge":
         note += " A position knows the judge's scores before it, which are related to its own."
@@ -68,7 +81,7 @@ def distributions(results: Results, before: str) -> Table:
         "RPS": per_position(controls.ranked_probability_score),
         "AUROC": statistic(auroc, intervals.LOGIT),
         "stated - true": mean(too_high),
-        "calibration error": statistic(calibration_error),
+        "calibration error": of_one_evaluation(statistic(calibration_error)),
         "MAE of the expected score": per_position(
             lambda logp, j: np.abs(controls.expected_scores(logp) - j)
         ),
