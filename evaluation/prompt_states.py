@@ -3,6 +3,7 @@ alone is fitted on (predictors.PromptOnly). evaluate.py's stage `digits` writes 
 
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def read_states(path: Path) -> tuple[str, dict[str, np.ndarray]]:
         with np.load(path, allow_pickle=False) as file:
             ids, states = file["ids"].tolist(), file["states"]
             return str(file["version"]), dict(zip(ids, states, strict=True))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise FileError(
             f"{path}: not a file of hidden states ({error}); delete it and run evaluate.py's stage "
             "digits again"

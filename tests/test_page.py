@@ -119,7 +119,7 @@ def test_what_a_table_marks():
     assert [c["first"] for c in view["columns"]][2:4] == ["descending", "ascending"]
     (_, (base, see)), (_, (alone, nothing)) = view["groups"]
     assert [c["text"] for c in base] == ["base", "9", "0.500", "2.000", "1.000", "<0.001"]
-    assert [c["detail"] for c in base] == ["", "", "[0.250, 0.750]", "n 4", "", ""]
+    assert [c["detail"] for c in base] == ["", "", "[0.250, 0.750]", "[-], n 4", "[-]", ""]
     assert [c.get("best", False) for c in base] == [False, False, False, True, True, False]
     assert [c.get("best", False) for c in see] == [False, False, True, False, True, False]
     assert [c.get("star", False) for c in see] == [False, False, True, False, False, False]
