@@ -53,9 +53,9 @@ GAP_ALARM = 0.1
 KL_ALARM = {"float32": 1e-6, "bfloat16": 1e-3}
 
 
-def main(config: Config | None = None) -> None:
-    """Run SEE. `config` None: from the command line."""
-    config = config or parse(sys.argv[1:], __doc__)
+def main(config: Config | None = None, options: Sequence[str] = ()) -> None:
+    """Run SEE. `config` None: from the command line, with a variant's `options` after it."""
+    config = config or parse([*sys.argv[1:], *options], __doc__)
     first = parallel.rank() == 0
     try:
         parallel.refuse_restart()

