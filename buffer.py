@@ -5,8 +5,8 @@ Choices that the paper leaves open:
 1. The draw within a cell is random: each cell is shuffled once.
 2. At most `per_prompt_limit` rows of a prompt are selected (4 in the authors' configuration); a row
    over the limit is discarded.
-3. If there are at most `max_samples` rows, all are selected and the limit is not applied, as in the
-   authors' scripts.
+3. If there are at most `max_samples` rows, all are selected and the limit is not applied. The
+   authors' scripts do so at exactly that number and stop below it (departure).
 4. The paper fills up with a random draw from the remaining rows if the grid is exhausted first.
    Every row is in five cells, so when the grid is empty each row has been selected or is over its
    prompt's limit. Under the same limit no row is left to draw, so no code is needed for this case.

@@ -4,12 +4,14 @@ paper         the paper's run (Table 5)
 official      the authors' scripts, as far as options allow: parameters in bf16. The other
               differences are not options (README, Departures)
 rlcr          the baseline Adapted RLCR (Sec. 4.1, Table 6): phase 1 only, two epochs over 5,000
-              prompts in batches of 48, a checkpoint every 10 steps for Figure 2
-rlcr-matched  the baseline with SEE's batch size of 16. In Table 6 SEE and the baseline differ in
-              distillation and in batch size; this control removes the second difference
+              prompts in batches of 48, the loss a mean over tokens, a checkpoint every 10 steps for
+              Figure 2
+rlcr-matched  the baseline with SEE's batch size of 16 and SEE's loss, a mean over responses. In
+              Table 6 SEE and the baseline differ in distillation, batch size and this mean; here
+              they differ in distillation alone
 small         a 135M model on two CPU cores with the offline heuristic judge
 tiny          the miniature: the paper's window, steps and batches, in minutes on CPU
-tiny-rlcr, tiny-rlcr-matched    baselines of the miniature
+tiny-rlcr, tiny-rlcr-matched    baselines of the miniature, both with the mean over responses
 """
 
 import argparse
@@ -26,6 +28,7 @@ from grpo import GRPOConfig
 from judging.endpoint import ClientConfig, Endpoint
 from reward import RewardConfig
 from sft_masked import SFTConfig
+from storage import hub
 from storage.options import Count, CountOrZero, Options, in_range
 from storage.run_folder import CellFolder, EvaluationFolder, RunFolder
 
@@ -45,7 +48,7 @@ class CommonConfig(Options):
     """Generation template: the paper's (App. B.1), a short one for small models and contexts, or
     the conversation alone for the miniature. Evaluate with the template of training."""
     few_shot: Literal["paper-like", "varied"] = "paper-like"
-    """Few-shot examples: with scores like the authors', or with scores over the whole range (a
+    """Few-shot examples: with the scores of the authors', or with scores over the whole range (a
     control for priming). Evaluate with the examples of training."""
     prompt_tokens: Count = 4096
     """Maximum prompt length, template included, in tokens (Table 5); longer prompts are left out
@@ -145,6 +148,7 @@ RLCR = replace(
     rl_steps=208,  # 2 x floor(5,000 / 48)
     distil=False,
     save_every=10,
+    grpo=GRPOConfig(loss_mean="token"),
     client=ClientConfig(concurrency=48),
 )
 RLCR_MATCHED = replace(
@@ -153,6 +157,7 @@ RLCR_MATCHED = replace(
     name="rlcr-matched",
     batch=16,
     rl_steps=624,  # 2 x floor(5,000 / 16)
+    grpo=PAPER.grpo,
 )
 # Not in the paper: sizes and learning rates for SmolLM2-135M on two CPU cores. The paper's learning
 # rates (1e-6, 2e-6) hardly change a model of this size in 15 steps.
@@ -260,10 +265,11 @@ class EvaluationConfig(EvaluationSettings):
 
     models: tuple[str, ...]
     """NAME=FOLDER each, or FOLDER alone: Hugging Face folders or hub ids of one architecture; the
-    first is the base."""
+    first is the base. A run's folder, such as see=runs/see, is its newest checkpoint; its earlier
+    ones are evaluated too, as see_cycle_NN and in the stage answers alone, for Figure 2."""
     benchmarks: tuple[str, ...]
     """NAME=FILE each, or FILE alone: prompt files (for kinds see storage/data.py) or hub ids (see
-    storage/hub.py)."""
+    storage/hub.py); nvidia/HelpSteer2 is its validation split here."""
     name: str
     """Results go to results/NAME/BENCHMARK/MODEL."""
     judges: tuple[str, ...] = ()
@@ -275,26 +281,59 @@ class EvaluationConfig(EvaluationSettings):
     repeat_answers: Count = 100
     """Number of answers of each cell that are judged repeatedly, drawn by seed."""
     stronger: tuple[str, ...] = ()
-    """BENCHMARK=FILE each: a stronger model's answers (see storage/data.py, load_answers), judged
+    """BENCHMARK=FILE each: a stronger model's answers (see storage/answers.py), judged
     once; the report routes a share of the prompts to this model (Sec. 5)."""
     stages: tuple[Literal[STAGES], ...] = STAGES
     """Stages to run; their order is fixed."""
+    dry_run: bool = False
+    """Print the judges' calls, tokens and cost by stage, judge and cell, and stop before a model is
+    loaded or a judge is asked."""
 
     @property
     def folder(self) -> EvaluationFolder:
         return EvaluationFolder(Path("results") / self.name)
 
+    def main_models(self) -> dict[str, str]:
+        """Folder by name; of a run its newest checkpoint. Raises ValueError for a name that is
+        given twice or is not valid as a folder name, and for a run without a checkpoint."""
+        return {m: str(_checkpoints(folder)[-1]) for m, folder in self._models().items()}
+
+    def earlier_checkpoints(self) -> dict[str, tuple[str, str]]:
+        """(name of the run's newest checkpoint, folder) by name."""
+        return {
+            f"{m}_{checkpoint.name}": (m, str(checkpoint))
+            for m, folder in self._models().items()
+            for checkpoint in map(Path, _checkpoints(folder)[:-1])
+        }
+
+    def _models(self) -> dict[str, str]:
+        return _named("models", self.models)
+
     def cells(self) -> dict[tuple[str, str], CellConfig]:
-        """Cells by (model, benchmark). Raises ValueError for a name that is given twice or is not
-        valid as a folder name."""
-        models = _named("models", self.models)
-        benchmarks = _named("benchmarks", self.benchmarks)
+        """Cells by (model, benchmark), the earlier checkpoints last. Raises ValueError as
+        main_models does, and for two models of one name."""
+        models, earlier = self.main_models(), self.earlier_checkpoints()
+        if twice := models.keys() & earlier.keys():
+            raise ValueError(f"--models: {min(twice)} is a checkpoint of a run too; rename one")
+        models |= {name: folder for name, (_, folder) in earlier.items()}
+        files = _named("benchmarks", self.benchmarks)
+        benchmarks = {b: hub.benchmark(file) for b, file in files.items()}
         shared = {f.name: getattr(self, f.name) for f in fields(EvaluationSettings)}
         return {
             (m, b): CellConfig(**shared, model=folder, data=file, name=f"{self.name}/{b}/{m}")
             for m, folder in models.items()
             for b, file in benchmarks.items()
         }
+
+
+def _checkpoints(folder: str) -> list[str]:
+    """A run's checkpoints, oldest first; the folder itself if it is no run's. Raises ValueError."""
+    run = RunFolder(Path(folder))
+    if not run.window_file.is_file():
+        return [folder]
+    if not (checkpoints := run.checkpoints()):
+        raise ValueError(f"--models: the run {folder} has no checkpoint yet; let it end a cycle")
+    return list(map(str, checkpoints))
 
 
 def _named(option: str, specs: tuple[str, ...]) -> dict[str, str]:

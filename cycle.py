@@ -36,7 +36,7 @@ from backend.sampler import choose_sampler, make_sampler
 from buffer import in_buffer, select_stratified
 from config import Config, parse
 from grpo import group_advantages, reference_logps, response_row, rewards_of, rl_step
-from judge import make_judge
+from judge import make_judge, with_judge_url
 from judging.client import Background, JudgeError
 from plan import Setup, describe, prepare, resolve, step_batches
 from rollout import Collector, Sampled, rollout_means
@@ -59,7 +59,7 @@ def main(config: Config | None = None, options: Sequence[str] = ()) -> None:
     first = parallel.rank() == 0
     try:
         parallel.refuse_restart()
-        config = dataclasses.replace(config, sampler=choose_sampler(config.sampler))
+        config = with_judge_url(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
         if config.dry_run:
             plan = describe(config, resolve(config))
             return print(plan) if first else None

@@ -1,11 +1,12 @@
 """Models, benchmarks and judges -> result files (Sec. 4); report.py makes tables of them.
 
-    python evaluate.py --models base=DIR see=runs/see/checkpoints/cycle_15 \\
+    python evaluate.py --models base=DIR rlcr=runs/rlcr see=runs/see \\
         --benchmarks helpsteer2=validation.jsonl alpaca_eval=alpaca_eval.jsonl \\
         --judges claude-sonnet-4-6 --training_run runs/see --name paper
 
-The first model is the base. Stages, each of which goes on where it was stopped, on all ranks unless
-said otherwise:
+The first model is the base. A run's folder is its newest checkpoint; its earlier checkpoints get
+the stage `answers` alone, for Figure 2. --dry_run says what the judges will be asked and what that
+costs. Stages, each of which goes on where it was stopped, on all ranks unless said otherwise:
 
     answers      each model's answers to each benchmark, judged
     digits       what each model would write at the score positions of each model's answers: top-5,
@@ -29,25 +30,26 @@ from pathlib import Path
 import tyro
 
 from backend import parallel
-from backend.model_folder import check_weights
+from backend.model_folder import check_model_folder, check_weights
 from backend.policy import PolicyConfig, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from config import EVALUATION_MAY_CHANGE, RENAMED, CellConfig, EvaluationConfig
-from evaluation import stages
+from evaluation import dry_run, stages
 from evaluation.digits import Reader
 from evaluation.intervals import Interval
 from evaluation.metrics import render, summarise
-from judge import check_judge, make_judge
+from judge import check_judge, make_judge, with_judge_url
 from judging.client import Background, JudgeError
 from plan import Inputs, check_name, read_inputs
-from prompts import EXAMPLES, FEW_SHOT
+from prompts import EXAMPLES, FEW_SHOT, special_tokens
 from rollout import Collector
-from storage.data import Prompt, load_answers, load_prompts, near_duplicates
+from storage.answers import Answers, load_answers
+from storage.data import Prompt, load_prompts, near_duplicates
 from storage.files import FileError, WriteError, read_json, write_text
 from storage.hub import data_file, fetch_weights
 from storage.logbook import Clock, check_same_config, open_folder
 from storage.progress import progress
-from storage.record import read_rollouts
+from storage.record import answer_text, read_rollouts
 from storage.run_folder import RunFolder
 
 Key = tuple[str, str]  # (model, benchmark)
@@ -58,21 +60,11 @@ Key = tuple[str, str]  # (model, benchmark)
 
 
 def prepare(cell: CellConfig) -> Inputs:
-    """Read and check a cell's model, prompts and judge; the returned prompts are those to answer.
-    Raises ValueError."""
-    judge = check_judge(cell, parallel.world_size())
+    """Read a cell's model folder and prompts; the returned prompts are those to answer. Raises
+    ValueError."""
     inputs = read_inputs(cell)
-    trained: dict[str, Prompt] = {}
-    if cell.training_run:
-        run = RunFolder(Path(cell.training_run))
-        judges = {r.judge_model for r in run.first_cycle()}
-        if judges and judges != {judge}:
-            raise ValueError(
-                f"--training_run {run} was judged by {', '.join(sorted(judges))} and not by "
-                f"{judge}: predictors fitted on it would predict another judge; give the run's "
-                "judge, or another run"
-            )
-        trained = training_prompts(run)
+    run = RunFolder(Path(cell.training_run))
+    trained = training_prompts(run) if cell.training_run else {}
     prompts = [p for p in inputs.prompts if p.id not in trained]
     duplicate = near_duplicates(prompts, [*trained.values(), *few_shot_prompts(cell)])
     if cell.drop_duplicates:
@@ -86,19 +78,57 @@ def prepare(cell: CellConfig) -> Inputs:
         chosen = random.Random(cell.seed).sample(range(len(prompts)), cell.limit)
         prompts = [prompts[i] for i in sorted(chosen)]
     check_same_config(cell.folder, cell, EVALUATION_MAY_CHANGE, RENAMED)
-    fetch_weights(cell.model)
-    check_weights(inputs.model)
     return inputs._replace(prompts=prompts, near_duplicates=sum(duplicate))
 
 
-def tell_near_duplicates(config: EvaluationConfig, inputs: dict[Key, Inputs]) -> None:
-    """One line for each benchmark that has some."""
+def prepare_earlier(cell: CellConfig, newest: Inputs) -> Inputs:
+    """An earlier checkpoint of a run has the prompts and the tokenizer of the newest one. Raises
+    ValueError."""
+    check_model_folder(Path(cell.model), cell.longest_row, cell.sampler)
+    check_same_config(cell.folder, cell, EVALUATION_MAY_CHANGE, RENAMED)
+    return newest._replace(model=Path(cell.model))
+
+
+def prepare_all(config: EvaluationConfig, cells: dict[Key, CellConfig]) -> dict[Key, Inputs]:
+    """Raises ValueError."""
+    earlier, inputs = config.earlier_checkpoints(), {}
+    for (model, benchmark), cell in cells.items():
+        if model in earlier:
+            newest, _ = earlier[model]
+            inputs[model, benchmark] = prepare_earlier(cell, inputs[newest, benchmark])
+        else:
+            inputs[model, benchmark] = prepare(cell)
+    return inputs
+
+
+def check_judges(config: EvaluationConfig, cell: CellConfig) -> None:
+    """Raises ValueError for a judge that cannot be asked, or is not that of the training run."""
+    judge = check_judge(cell, parallel.world_size())
+    for name in config.judges:
+        check_judge(stages.held_out(cell, name))
+    if not cell.training_run:
+        return
+    run = RunFolder(Path(cell.training_run))
+    judges = {r.judge_model for r in run.first_cycle()}
+    if judges and judges != {judge}:
+        raise ValueError(
+            f"--training_run {run} was judged by {', '.join(sorted(judges))} and not by "
+            f"{judge}: predictors fitted on it would predict another judge; give the run's "
+            "judge, or another run"
+        )
+
+
+def tell_special_prompts(config: EvaluationConfig, inputs: dict[Key, Inputs]) -> None:
+    """A line for each benchmark with prompts that are too long, or near duplicates."""
     done = "left out" if config.drop_duplicates else "kept (--drop_duplicates)"
-    numbers = {benchmark: found.near_duplicates for (_, benchmark), found in inputs.items()}
-    for benchmark, number in numbers.items():
-        if number and parallel.rank() == 0:
+    for benchmark, found in {benchmark: found for (_, benchmark), found in inputs.items()}.items():
+        if found.too_long and parallel.rank() == 0:
+            limit = config.prompt_tokens
+            print(f"{benchmark}: {found.too_long} prompts are over {limit:,} tokens and left out")
+        if found.near_duplicates and parallel.rank() == 0:
             print(
-                f"{benchmark}: {number} prompts are nearly a training prompt or an example; {done}"
+                f"{benchmark}: {found.near_duplicates} prompts are nearly a training prompt or an "
+                f"example; {done}"
             )
 
 
@@ -122,8 +152,8 @@ def few_shot_prompts(cell: CellConfig) -> list[Prompt]:
 
 def stronger_answers(
     config: EvaluationConfig, cells: dict[Key, CellConfig], inputs: dict[Key, Inputs]
-) -> dict[str, dict[str, str]]:
-    """--stronger's answers by benchmark and prompt id. Raises ValueError."""
+) -> dict[str, Answers]:
+    """--stronger's answers by benchmark. Raises ValueError."""
     base = next(iter(cells))[0]
     answers = {}
     for spec in config.stronger:
@@ -133,8 +163,19 @@ def stronger_answers(
                 f"--stronger {spec}: say BENCHMARK=FILE with one of the benchmarks "
                 f"{', '.join(b for m, b in cells if m == base)}"
             )
-        answers[benchmark] = load_answers(path, inputs[base, benchmark].prompts)
+        answers[benchmark] = found = load_answers(path, inputs[base, benchmark].prompts)
+        if parallel.rank() == 0:
+            print(f"{benchmark}: {path} has {found}")
     return answers
+
+
+def obstacles(config: EvaluationConfig, cell: CellConfig) -> list[str]:
+    """Reasons why the judges cannot be asked; [] if none."""
+    try:
+        check_judges(config, cell)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,10 +251,13 @@ def answer_prompts(
     if rank == 0:
         shown = sum(bool(p.references) for p in prompts) if cell.use_references else 0
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
-        summary["near_duplicates"] = inputs.near_duplicates  # before --limit
+        # Before --limit:
+        summary |= {"too_long": inputs.too_long, "near_duplicates": inputs.near_duplicates}
+        special = special_tokens(inputs.tokenizer)
+        summary["with_text"] = sum(bool(answer_text(r, special)) for r in by_sample.values())
         summary["not_judged"] = sum(r.refused is not None for r in by_sample.values())
         summary["metrics"] = {name: interval._asdict() for name, interval in table.items()}
-        write_text(folder.summary_file, json.dumps(summary, indent=2))
+        folder.add_to_summary(summary)
     return table
 
 
@@ -225,11 +269,11 @@ def run(
     config: EvaluationConfig,
     cells: dict[Key, CellConfig],
     inputs: dict[Key, Inputs],
-    stronger: dict[str, dict[str, str]],
+    stronger: dict[str, Answers],
     watcher: parallel.Watcher,
 ) -> None:
     """Raises JudgeError."""
-    models = list(dict.fromkeys(model for model, _ in cells))
+    models = list(config.main_models())
     if parallel.rank() == 0:
         keep_model_order(config.folder.models_file, models)
     sampler = None
@@ -244,6 +288,7 @@ def run(
                 table = answer_prompts(cell, inputs[key], sampler, watcher)
                 parallel.print0(f"\n{cell.name}, judge {cell.judge}\n{render(table)}")
             sampler.sleep()
+        cells = {key: cell for key, cell in cells.items() if key[0] in models}
         if {"digits", "sensitivity"} & set(config.stages):
             for model in models:
                 read_scores(config, model, cells, inputs)
@@ -292,14 +337,15 @@ def ask_judges(
     config: EvaluationConfig,
     cells: dict[Key, CellConfig],
     inputs: dict[Key, Inputs],
-    stronger: dict[str, dict[str, str]],
+    stronger: dict[str, Answers],
 ) -> None:
     """Stages judges and preferences. Raises JudgeError."""
     base = next(iter(cells))[0]
     for (model, benchmark), cell in cells.items():
         prompts = {p.id: p for p in inputs[model, benchmark].prompts}
         if "judges" in config.stages:
-            stages.judge_more(config, cell, prompts)
+            special = special_tokens(inputs[model, benchmark].tokenizer)
+            stages.judge_more(config, cell, prompts, special)
             if model == base and benchmark in stronger:
                 path = config.folder.stronger_file(benchmark)
                 stages.judge_stronger(path, cell, prompts, stronger[benchmark])
@@ -311,17 +357,24 @@ def main() -> None:
     config = tyro.cli(EvaluationConfig, description=__doc__)
     try:
         parallel.refuse_restart()
-        config = dataclasses.replace(config, sampler=choose_sampler(config.sampler))
+        config = with_judge_url(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
         check_name(config.name)
         cells = config.cells()
+        first = next(iter(cells.values()))
         if config.judge in config.judges:
             raise ValueError(f"--judges: {config.judge} is the judge already; name others")
-        inputs = {key: prepare(cell) for key, cell in cells.items()}
-        tell_near_duplicates(config, inputs)
+        if not config.dry_run:
+            check_judges(config, first)
+        inputs = prepare_all(config, cells)
+        tell_special_prompts(config, inputs)
         stronger = stronger_answers(config, cells, inputs)
-        for cell in cells.values():
-            for name in config.judges:
-                check_judge(stages.held_out(cell, name))
+        if config.dry_run:
+            if parallel.rank() == 0:
+                print(dry_run.describe(config, cells, inputs, stronger, obstacles(config, first)))
+            return
+        for key, cell in cells.items():
+            fetch_weights(cell.model)
+            check_weights(inputs[key].model)
     except ValueError as error:
         raise SystemExit(f"error: {error}" if parallel.rank() == 0 else 1) from None
     watcher = parallel.Watcher()

@@ -16,8 +16,10 @@ temperature over the full vocabulary, for policy and reference.
    sampler's log-probabilities would be off by the truncated mass. Only their difference from the
    trainer's log-probabilities at temperature 1 is reported, as a check; it does not enter the loss.
 3. The mean of each response's token mean is DeepSeekMath's form, and in effect that of the authors'
-   run: their setting is token mean, but with micro-batches of one response.
-   `--grpo.loss_mean token` is the global token mean.
+   run of SEE: their setting is token mean, but with micro-batches of one response. Their baseline
+   has the same setting with micro-batches of several responses, as many as fit: token means of
+   parts. `--grpo.loss_mean token` (`--preset rlcr`) is the mean over all tokens of the step, which
+   does not depend on how responses are packed.
 4. k3 (the "low-variance KL") is neither clamped nor multiplied by the ratio (newer TRL multiplies),
    and its gradient is that of the formula.
 5. A group with equal rewards has advantage exactly 0. The step is still taken, because the KL and

@@ -2,7 +2,8 @@
 
 `score(conversation, answer, references)` gives five integers 0-9 for an answer without its
 self-evaluation block. `prefer(judge, conversation, first, second)` says which of two answers is
-better, and asks in both orders.
+better, and asks in both orders (departure: the authors ask in one; the report shows the first order
+by itself too).
 
 `LLMJudge` asks a model at an endpoint (judging/endpoint.py, judging/client.py), or takes a model's
 replies from a file. Two judges work offline: judging/heuristic.py, for trying out the code, whose
@@ -14,14 +15,16 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import reward
-from judging.client import ChatClient, Refused, Replay
-from judging.endpoint import Form, Service
+from judging.client import ChatClient, JudgeError, Refused, connection
+from judging.endpoint import Form, Service, prices, with_url
 from judging.heuristic import HeuristicJudge
 from judging.ledger import Ledger
+from judging.replay import Replay
 from miniature.world import RubricJudge
 from prompts import ATTRIBUTES, JUDGE_SYSTEM, PAIR_SYSTEM, Scores, Turn, judge_user, pair_user
 from storage.progress import progress
@@ -120,7 +123,11 @@ class LLMJudge:
             better = await self.client.ask(messages(PAIR_SYSTEM, user), PREFERENCE)
             return {"A": 1, "B": -1, "tie": 0}[better]
 
-        shown_first, reverse = await asyncio.gather(ask(first, second), ask(second, first))
+        orders = ask(first, second), ask(second, first)
+        results = await asyncio.gather(*orders, return_exceptions=True)
+        if failed := [r for r in results if isinstance(r, BaseException)]:
+            raise min(failed, key=lambda error: isinstance(error, Refused))  # Refused is milder
+        shown_first, reverse = results
         shown_second = -reverse
         result = shown_first if shown_first == shown_second else 0
         return Preference(result, shown_first, shown_second)
@@ -140,10 +147,11 @@ async def prefer(judge, conversation: Sequence[Turn], first: str, second: str) -
     return Preference(verdict, verdict, verdict)
 
 
-async def ask_all(works: Sequence, label: str) -> list:
+async def ask_all(works: Sequence, label: str, names: Sequence[str]) -> list:
     """Run coroutines that ask a judge, with a progress bar, and return their results, None where
     the judge refused and --client.skip_refused allows that. If one fails, its JudgeError is raised
-    after requests in flight have finished: they are paid for, and their replies are recorded."""
+    after requests in flight have finished: they are paid for, and their replies are recorded.
+    `names` says what each is about, for the error."""
     bar = progress(total=len(works), desc=label)
 
     async def with_progress(work):
@@ -155,7 +163,9 @@ async def ask_all(works: Sequence, label: str) -> list:
     with bar:
         results = await asyncio.gather(*map(with_progress, works), return_exceptions=True)
     results = [None if isinstance(result, Refused) else result for result in results]
-    for result in results:
+    for name, result in zip(names, results, strict=True):
+        if isinstance(result, JudgeError):
+            raise result.named(name)
         if isinstance(result, BaseException):
             raise result
     return results
@@ -174,13 +184,22 @@ def offline_judge(name: str) -> HeuristicJudge | RubricJudge | None:
     return None
 
 
-def _replay(name: str) -> LLMJudge | None:
-    """The judge for a name replay:FILE or replay:FILE@MODEL, with the replies in that file; None
-    for other names."""
-    if not name.startswith("replay:"):
+def _replay(config) -> LLMJudge | None:
+    """The judge for a name replay:FILE, replay:FILE@MODEL or replay:FILE@MODEL@URL, with the
+    replies in that file; None for other names."""
+    found = re.fullmatch(r"replay:([^@]*)(?:@(.*?))?(?:@(https?://.*))?", config.judge)
+    if not found:
         return None
-    path, _, model = name.removeprefix("replay:").partition("@")
-    return LLMJudge(Replay(Path(path), model))
+    path, model, url = (part or "" for part in found.groups())
+    return LLMJudge(Replay(Path(path), model, url, config.client.skip_refused))
+
+
+def with_judge_url(config):
+    """The configuration with the judge's URL filled in, if its judge is asked at an endpoint: a run
+    keeps it. Raises ValueError."""
+    if offline_judge(config.judge) or config.judge.startswith("replay:"):
+        return config
+    return replace(config, endpoint=with_url(config.judge, config.endpoint))
 
 
 def _service(config, ranks: int) -> Service:
@@ -195,16 +214,26 @@ def _service(config, ranks: int) -> Service:
 def check_judge(config, ranks: int = 1) -> str:
     """The name of the judge of `config` (any command's). Raises ValueError for every mistake that
     can be found before the first request."""
-    if judge := offline_judge(config.judge) or _replay(config.judge):
+    if judge := offline_judge(config.judge) or _replay(config):
         return judge.name
-    return _service(config, ranks).model
+    service = _service(config, ranks)
+    connection(service)
+    return service.model
+
+
+def judge_prices(config) -> tuple[float | None, float | None]:
+    """US dollars per million tokens in and out; 0 for a judge that works offline, None if
+    unknown."""
+    if offline_judge(config.judge) or config.judge.startswith("replay:"):
+        return 0.0, 0.0
+    return prices(config.judge, config.client)
 
 
 def make_judge(config, cache: Path, ranks: int = 1, rank: int = 0, launch: int | None = None):
     """The judge of `config` (any command's). Replies are recorded in `cache`. The ranks share the
     concurrency and `launch`, a number that identifies this launch (parallel.launch_id). Raises
     ValueError as check_judge does."""
-    if judge := offline_judge(config.judge) or _replay(config.judge):
+    if judge := offline_judge(config.judge) or _replay(config):
         return judge
     service, total = _service(config, ranks), config.client.concurrency
     share = total // ranks + (rank < total % ranks)

@@ -4,15 +4,14 @@
     torchrun --nproc_per_node 4 cycle.py --preset paper --dry_run           (four ranks)
 
 All mistakes that can be found before anything expensive are reported here, in one sentence each.
-Memory is by formula (backend/footprint.py). Judge tokens are counted with the policy's tokenizer,
-so a judge's counts will differ.
+Memory is by formula (backend/footprint.py), the judge's cost by judging/estimate.py.
 
 Choices that the paper leaves open: the window of prompts is
 `sorted(random.Random(seed).sample(range(n), size))` over the prompts within the prompt limit; its
-order in cycle c is a permutation drawn with seed + c.
+order in cycle c is a permutation drawn with seed + c. Departure: the authors' scripts draw the
+window before they drop over-long prompts, which can leave fewer than 160; ours always has 160.
 """
 
-import json
 import math
 import random
 import re
@@ -32,9 +31,9 @@ from backend.model_folder import (
 from backend.parallel import world_size
 from backend.policy import attention
 from config import MAY_CHANGE, CommonConfig, Config
-from judge import check_judge, offline_judge
-from judging.endpoint import prices
-from prompts import ATTRIBUTES, JUDGE_SYSTEM, check_tokenizer, judge_user, prompt_ids
+from judge import check_judge, judge_prices, offline_judge
+from judging import estimate
+from prompts import check_tokenizer, prompt_ids
 from storage.data import Prompt, load_prompts
 from storage.hub import data_file, fetch_weights, model_folder
 from storage.logbook import check_same_config, wandb_ready
@@ -291,52 +290,25 @@ def _schedule(config: Config, setup: Setup) -> list[str]:
 
 
 def _judge(config: Config, setup: Setup) -> list[str]:
-    """Calls and cost. Because the length of the answers is unknown before sampling, the cost is
-    estimated for three lengths."""
     calls = config.cycles * config.rl_steps * config.batch * config.rollouts
     if offline_judge(config.judge) or config.judge.startswith("replay:"):
         return [f"{config.judge}, {calls:,} judgements at most; offline and free"]
-
-    def tokens(text: str) -> int:
-        return len(setup.inputs.tokenizer.encode(text, add_special_tokens=False))
-
-    prompt_lengths = []  # of the judge's prompts, without answers
-    for p in setup.window:
-        references = p.references if config.use_references else ()
-        prompt_lengths.append(tokens(JUDGE_SYSTEM + judge_user(p.conversation, "", references)))
-    prompt_length = sum(prompt_lengths) / len(prompt_lengths)
-    reference_lengths = [tokens(r.response) for p in setup.window for r in p.references]
-    if reference_lengths:
-        typical = sum(reference_lengths) / len(reference_lengths)
-        label = "as long as the reference responses"
-    else:
-        typical = min(300, config.sampling.max_tokens)
-        label = f"of {typical} tokens, a guess: this data has no reference responses"
-    reply = tokens(json.dumps(dict.fromkeys(ATTRIBUTES, 8)))
-    client, (price_in, price_out) = config.client, prices(config.judge, config.client)
-    max_cost = "none" if client.max_cost is None else f"${client.max_cost:,.2f}"
-    max_calls = "none" if client.max_calls is None else f"{client.max_calls:,} calls"
+    tokenizer, client = setup.inputs.tokenizer, config.client
+    price_in, price_out = judge_prices(config)
+    asked = estimate.scoring(tokenizer, setup.window, config.use_references)
+    asked = asked._replace(calls=calls, prices=(price_in, price_out))
     lines = [
         f"{config.judge}, at most {calls:,} answers, {client.concurrency} at once, at most "
         f"{client.attempts} attempts each",
-        f"malformed and repeated answers are not sent; {reply} tokens a reply",
-        f"budget: {max_cost} (--client.max_cost), {max_calls} (--client.max_calls)",
+        f"malformed and repeated answers are not sent; {asked.reply} tokens a reply",
+        estimate.budget(client),
     ]
     if price_in is None or price_out is None:
         lines.append("price unknown; give --client.price_in and --client.price_out")
     else:
         lines.append(f"${price_in:g} and ${price_out:g} per million tokens in and out, list price")
-    for answer_length, name in (
-        (0, "empty answers"),
-        (typical, f"answers {label}"),
-        (config.sampling.max_tokens, "the longest answers"),
-    ):
-        tokens_in = prompt_length + answer_length
-        cost = "cost unknown"
-        if price_in is not None and price_out is not None:
-            cost = f"${calls * (tokens_in * price_in + reply * price_out) / 1e6:9,.2f}"
-        lines.append(f"{calls * tokens_in / 1e6:9,.1f} M tokens in, {cost}   {name}")
-    return lines
+    lengths = estimate.answer_lengths(tokenizer, setup.window, config.sampling.max_tokens)
+    return lines + estimate.by_length([(asked, lengths)])
 
 
 def _sizes(parts: dict[str, float]) -> list[str]:

@@ -14,13 +14,14 @@ Departures from the authors' scripts:
    conversion lost).
 2. They match the tags in any case; ours must be spelt exactly.
 3. The paper does not print their few-shot examples. We wrote two sets: `paper-like` (the default)
-   has scores like theirs, 8/8/8 with complexity and verbosity 0-2; `varied` has scores over the
-   whole range, as a control for how much the examples prime the self-scores.
+   has our own texts with the six score vectors of theirs, in their order; `varied` has scores over
+   the whole range, as a control for how much the examples prime the self-scores.
 4. `--template short` (for small models) and `bare` (for the miniature) are not in the paper.
 5. In the judge's prompts, a line of the conversation, a reference or the answer that looks like a
    heading of the prompt is prefixed with "> ", so that no text can end its section. Other lines are
    unchanged.
-6. The paper does not print its pairwise prompt; we wrote one.
+6. Their judge's prompt is longer than Appendix B.2 and B.3, and labels the references otherwise;
+   ours is the appendix's. The paper does not print its pairwise prompt; we wrote one.
 7. The prompt begins with the beginning-of-sequence token where the model's tokenizer adds one by
    itself (Llama 3, Mistral): such a model was trained with it. Qwen3, the paper's, has none.
 """
@@ -91,11 +92,55 @@ def parse_self_eval(text: str) -> SelfEval | None:
     return SelfEval(answer.strip(), tuple(int(digit) for digit in body.groups()))
 
 
+_ANY_VALUES = re.compile(
+    rf"{_WS}\{{{_WS}"
+    + (_WS + "," + _WS).join(rf'"{a}"{_WS}:([^,{{}}]*)' for a in ATTRIBUTES)
+    + rf"\}}{_WS}"
+)
+
+
+def why_malformed(text: str) -> str | None:
+    """The first reason for which `parse_self_eval` finds a response malformed, in words; None if it
+    is well-formed."""
+    if parse_self_eval(text) is not None:
+        return None
+    for tag in (OPEN, CLOSE):
+        if text.count(tag) != 1:
+            return f"more than one {tag}" if tag in text else f"no {tag}"
+    answer, _, rest = text.partition(OPEN)
+    body, close, after = rest.partition(CLOSE)
+    if not close:
+        return f"{CLOSE} before {OPEN}"
+    if after.strip():
+        return "text after the block"
+    if not answer.strip():
+        return "no answer before the block"
+    if match := _ANY_VALUES.fullmatch(body):
+        values = [value.strip(" \t\n\r") for value in match.groups()]
+        k = next(k for k, value in enumerate(values) if value not in list("0123456789"))
+        return f"{ATTRIBUTES[k]} is {values[k][:20]!r}, not one digit 0-9"
+    try:
+        pairs = json.loads(body, object_pairs_hook=list)
+        keys = [key for key, _ in pairs]
+    except (ValueError, TypeError, RecursionError):
+        return "the block holds no JSON object"
+    if missing := [a for a in ATTRIBUTES if a not in keys]:
+        return f"the block lacks {missing[0]}"
+    if other := [key for key in keys if key not in ATTRIBUTES]:
+        return f"the block has another key, {other[0][:20]}"
+    return "the block's keys are not the five in their order, each once"
+
+
 def decode(tokenizer, ids: Sequence[int]) -> str:
     """Text of sampled token ids, special tokens included, without clean-up of spaces."""
     return tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
+
+
+def special_tokens(tokenizer) -> tuple[str, ...]:
+    """The texts of the tokenizer's special tokens, such as "<|endoftext|>"."""
+    return tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
 
 
 def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
@@ -273,34 +318,34 @@ class Example(NamedTuple):
 
 FEW_SHOT: dict[str, tuple[Example, ...]] = {
     "paper-like": (
-        Example(
-            "Which planet has the shortest year?",
-            "Mercury. It circles the Sun in about 88 days.",
-            (8, 8, 8, 0, 0),
-        ),
-        Example(
-            "Turn this into a polite e-mail line: send me the file now",
-            "Could you please send me the file when you have a moment?",
-            (8, 8, 8, 1, 0),
-        ),
+        Example("How much is 14 and 9?", "14 + 9 = 23.", (8, 8, 8, 0, 0)),
         Example(
             "Give me two tips for a first job interview.",
-            "1. Prepare two short stories of problems that you solved.\n"
-            "2. Read up on the team and bring a question.",
-            (8, 8, 8, 1, 1),
+            "1. Prepare two short stories about problems that you solved, each with what you did "
+            "and how it ended.\n"
+            "2. Read up on the team and bring a question about its work; it shows interest, and "
+            "the answer tells you whether the job suits you.",
+            (8, 8, 8, 2, 2),
+        ),
+        Example(
+            "Why do we have leap years?",
+            "A year is about a quarter of a day longer than 365 days, so an extra day every fourth "
+            "year keeps the calendar in step with the seasons.",
+            (8, 8, 8, 2, 0),
         ),
         Example(
             "Why does bread go stale faster in the fridge?",
             "Cold speeds up the recrystallisation of starch: as the starch sets again it pushes "
-            "water out, and the crumb turns firm and dry. Keep bread at room temperature, or "
-            "freeze it.",
-            (8, 8, 8, 2, 1),
+            "water out, and the crumb turns firm and dry. Keep bread at room temperature for a day "
+            "or two, or freeze it; the freezer is cold enough to stop the process.",
+            (8, 8, 8, 2, 2),
         ),
         Example(
             "How do I reverse a list in Python without changing the original?",
             "Use a slice:\n\n```python\nbackwards = items[::-1]\n```\n\nThis makes a new list "
-            "and leaves `items` as it is.",
-            (8, 8, 8, 2, 1),
+            "and leaves `items` as it is. If you only want to loop over it, `reversed(items)` "
+            "does so without a copy.",
+            (8, 8, 8, 2, 2),
         ),
         Example(
             "My cactus is turning soft at the base. What should I do?",

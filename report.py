@@ -15,21 +15,25 @@ settings and get columns of their own. Writes
                                         answers (the first folder's, and the runs')
 """
 
+import shlex
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sklearn
 import tyro
 
-from evaluation import control_tables, figures, page, paper_tables, use_tables
+from evaluation import answers, control_tables, figures, page, paper_tables, summary, use_tables
+from evaluation.figures import Drawn
 from evaluation.results import load_evaluation, load_run
 from evaluation.table import Results, Table, by_settings
 from storage.files import write_text
+from storage.options import CountOrZero, Options
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Options):
     """Tables, figures and a page from result files."""
 
     results: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -42,44 +46,43 @@ class Command:
     out: Path = Path("report")
     """Folder for tables, figures and page."""
     models: tuple[str, ...] = ()
-    """Which models the tables show, the base first; none: all. Figure 2 shows all checkpoints on
-    file."""
-    show: int = 200
-    """Answers of each model to each benchmark on the page, and of each run, evenly from its cycles;
-    as many malformed ones at most; 0: all."""
+    """Which models the tables show, the base first; none: all but runs' earlier checkpoints.
+    Figure 2 shows all checkpoints on file."""
+    show: CountOrZero = 200
+    """Judged answers of each model to each benchmark on the page, and of each run, evenly from its
+    cycles; at most as many malformed ones, and ones that the judge refused. The base's answers to
+    the same prompts are added. 0: all."""
 
 
-FIGURES = {
-    "Figure 2: quality and calibration over sample-passes and other costs": "figure2.png",
-    "Figure 3: calibration by attribute": "figure3.png",
-    "Figure 4: calibration by the judge's score": "figure4.png",
-    "Training": "training.png",
-}
-
-
-def run(command: Command) -> str:
-    """Write everything; returns the tables as text. Raises ValueError."""
+def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
+    """Write everything; returns the tables as text. `words`: the command line, for the page. Raises
+    ValueError."""
     if not (command.results or command.runs):
         raise ValueError("no results are given, such as results/NAME of evaluate.py, nor --runs")
-    cells = [load_run(folder) for folder in command.runs]
-    results, tables = None, []
+    trained = [load_run(folder) for folder in command.runs]
+    results, tables, every, first = None, [], trained, trained
     if command.results:
         results = Results([load_evaluation(folder) for folder in command.results], command.models)
         others = by_settings([load_evaluation(folder) for folder in command.beside])
         tables = make_tables(results, others)
-        cells = [*(first for _, _, (first, *_) in results.each()), *cells]
+        every = [cell for _, _, cells in results.each() for cell in cells] + trained
+        first = [cells[0] for _, _, cells in results.each()] + trained
     out = command.out
     (out / "csv").mkdir(parents=True, exist_ok=True)
-    text = "\n\n\n".join(table.text() for table in tables) + "\n"
-    write_text(out / "tables.txt", text)
-    write_text(out / "tables.md", "\n\n".join(table.markdown() for table in tables) + "\n")
     for table in tables:
         write_text(out / "csv" / f"{table.file_name}.csv", table.csv())
-    drawn = draw(results, command.runs, out)
+    head = summary.summary(every, tables, shlex.join(words))
+    text = "\n\n\n".join(table.text() for table in tables) + "\n"
+    if unfinished := dict(head).get(summary.UNFINISHED):
+        text = "\n".join(["Unfinished:", *unfinished, "", text])
+    write_text(out / "tables.txt", text)
+    write_text(out / "tables.md", "\n\n".join(table.markdown() for table in tables) + "\n")
     title = ", ".join(map(str, (*command.results, *command.runs)))
-    judge = results.judge if results else ""
-    shown = page.answers(cells, command.show)
-    write_text(out / "report.html", page.page(title, judge, tables, drawn, shown))
+    drawn = draw(results, command.runs, out)
+    shown = answers.shown(first, command.show)
+    units = summary.units(every)
+    html = page.page(title, every[0].gamma, head, units, drawn, tables, results, shown)
+    write_text(out / "report.html", html)
     return text
 
 
@@ -89,25 +92,27 @@ def make_tables(results: Results, others: Sequence[Results] = ()) -> list[Table]
         makers = (*paper_tables.TABLES, *control_tables.TABLES, *use_tables.TABLES)
         tables = [make(results) for make in makers]
         tables.append(use_tables.other_settings(results, others))
-    return [table for table in tables if len(table.frame)]
+    note = results.note()
+    return [replace(table, note=table.note + note) for table in tables if len(table.frame)]
 
 
-def draw(results: Results | None, runs: Sequence[Path], out: Path) -> dict[str, Path]:
-    """Draw what there is to draw: title -> file."""
-    files = {title: out / name for title, name in FIGURES.items()}
-    two, three, four, training = files.values()
-    drawn = {training: figures.training(runs, training)}
+def draw(results: Results | None, runs: Sequence[Path], out: Path) -> list[Drawn]:
+    """Draw what there is to draw."""
+    drawn = []
     if results:
-        drawn[two] = figures.figure_2(results, two)
-        drawn[three] = figures.figure_3(results, three)
-        drawn[four] = figures.figure_4(results, four)
-    return {title: file for title, file in files.items() if drawn.get(file)}
+        drawn += [
+            figures.figure_2(results, out / "figure2.png"),
+            figures.figure_3(results, out / "figure3.png"),
+            figures.figure_4(results, out / "figure4.png"),
+        ]
+    drawn.append(figures.training(runs, out / "training.png", results))
+    return [figure for figure in drawn if figure]
 
 
 def main() -> None:
     command = tyro.cli(Command, description=__doc__)
     try:
-        print(run(command))
+        print(run(command, [Path(sys.argv[0]).name, *sys.argv[1:]]))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"written to {command.out}/")

@@ -166,6 +166,8 @@ class Collector:
                 scores = await self.judge.score(prompt.conversation, answer, references)  # line 12
             except Refused as error:
                 refused = str(error)
+            except JudgeError as error:
+                raise error.named(f"prompt {prompt.id}, sample {request.sample}") from None
             else:
                 quality = reward.quality(scores)  # line 13
                 calibration = reward.calibration(self_scores, scores)  # lines 14-15

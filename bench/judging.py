@@ -156,7 +156,8 @@ class Overlap:
                 prompts = {p.id: p for p in setup.window}
                 works = [alone.score(prompts[r.prompt_id].conversation, r.answer) for r in answers]
                 began = time.perf_counter()
-                Background().submit(ask_all(works, "judging alone")).result()
+                names = [f"prompt {r.prompt_id}" for r in answers]
+                Background().submit(ask_all(works, "judging alone", names)).result()
                 judging = time.perf_counter() - began
                 both, _ = collect(make_judge(slow, Path(folder) / f"both_{k}.jsonl"))
                 print(

@@ -1,6 +1,6 @@
 """Is it self-evaluation? Tables of the controls in controls.py; none of them is in the paper."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,6 +19,7 @@ def window_constant(c: Cell) -> Values:
     return calibrations(c.window.constant, c.j, c.gamma), c.prompts
 
 
+COMPARISONS = "Comparisons"
 PRIMARY = "calibration - the best constant's"
 Side = Callable[[Cell], Values]
 
@@ -72,7 +73,7 @@ def comparisons(results: Results) -> Table:
     others = {key: d for key, d in differences.items() if d.interval.mean is not None}
     corrected = intervals.holm({key: d.p for key, d in others.items()}) | {primary: "primary"}
     return Table.of(
-        "Comparisons",
+        COMPARISONS,
         "Primary endpoint, of the first benchmark and the last model: calibration on held-out "
         "prompts minus that of the best constant of the training window. All others are corrected "
         "together (Holm). Prompts are paired; the p-value is of a permutation test over prompts, "
@@ -83,6 +84,23 @@ def comparisons(results: Results) -> Table:
             for key, d in (first | others).items()
         ],
     )  # fmt: skip
+
+
+def significant(row: Mapping) -> bool:
+    """Whether a row of `comparisons` has a p-value below 0.05, corrected unless it is the primary
+    endpoint's."""
+    p = row["p"] if row["corrected p"] == "primary" else row["corrected p"]
+    return p is not None and p < 0.05
+
+
+def differ_from_base(comparisons: Table, base: str) -> set[tuple[str, str, str]]:
+    """(benchmark, model, "quality" or "calibration") of the figures that differ from the base's."""
+    return {
+        (row["benchmark"], row["model"], header)
+        for row in comparisons.frame.to_dict("records")
+        for header in ("quality", "calibration")
+        if row["difference"] == f"{header} - {base}'s" and significant(row)
+    }
 
 
 def difference(cells: list[Cell], ours: Side, theirs: Side) -> Difference:
@@ -198,6 +216,7 @@ def predictors(results: Results) -> Table:
         "reference responses. Ceiling: the judge against itself. Skill: "
         "(calibration - window constant) / (ceiling - window constant).",
         rows(results, columns),
+        higher=("its scores", "most probable", "skill"),
     )
 
 
@@ -216,6 +235,7 @@ def answers_by_scorers(results: Results) -> Table:
             for b, m, cells in results.each()
             if any(cells[0].digits.values())
         ],
+        higher=columns,
     )
 
 
@@ -250,6 +270,7 @@ def discrimination(results: Results) -> Table:
         "count half; 0.5 is chance), and Kendall's tau-b; within prompts, and between the prompts' "
         "means.",
         rows(results, columns, lambda c: c.valid),
+        higher=[header for header in columns if header != "pairs"],
     )
 
 
@@ -293,6 +314,7 @@ def choice_of_responses(results: Results) -> Table:
         "probable, not sampled). Answers read: for the forced block, which leaves out empty "
         "answers, and malformed ones that were not judged.",
         rows(results, columns),
+        higher=[header for header in columns if header != "answers read"],
     )
 
 

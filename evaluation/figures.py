@@ -1,8 +1,16 @@
-"""Figures 2 to 4 and the course of training. Each function draws one file and says whether there
-was something to draw."""
+"""Figures 2 to 4 and the course of training. Each function draws one PNG file and returns the same
+as SVG for the page, None where there is nothing to draw.
 
+On the page each panel is an SVG of its own, so that panels stand below each other on a narrow
+screen. Text and axes have the page's text colour. The colours of the lines have a contrast of 3 at
+least with white and with the page's dark background."""
+
+import html
+import io
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +27,19 @@ from storage.run_folder import RunFolder, metrics_until
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8c7a00", "#808080")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on the page."""
+
+    title: str
+    legend: dict[str, str]  # label -> colour
+    panels: list[str]  # SVG
+
 
 # --------------------------------------------------------------------------------------------------
 # Figure 2
@@ -74,12 +95,12 @@ def costs_of_models(results: Results) -> dict[str, dict[str, Costs]]:
     return table
 
 
-def figure_2(results: Results, path: Path) -> bool:
+def figure_2(results: Results, path: Path) -> Drawn | None:
     """Quality and calibration over sample-passes (the paper's Figure 2) and over three other costs;
     one line per run, from the base on."""
     runs = costs_of_models(results)
     if max(map(len, runs.values()), default=0) < 2:
-        return False
+        return None
     rows = [
         (benchmark, name, mean(values))
         for benchmark in results.benchmarks
@@ -87,23 +108,33 @@ def figure_2(results: Results, path: Path) -> bool:
     ]
     fig, axes = plt.subplots(len(rows), 4, sharey="row", layout="constrained",
                              figsize=(14, 3 * len(rows)))  # fmt: skip
+    looks = looks_of_runs(results, runs)
     for (benchmark, name, column), row in zip(rows, axes, strict=True):
-        row[0].set_ylabel(f"{name}, {benchmark}")
         for run, by_model in runs.items():
             by_model = {results.base: Costs(0, 0, 0, 0)} | by_model
             points = [column(results.cells(benchmark, model)) for model in by_model]
             for k, axis in enumerate(row):
-                _line(axis, [cost[k] for cost in by_model.values()], points, run)
-                axis.set_xlabel(COSTS[k])
-    axes[0][0].legend()
-    return _save(fig, path)
+                _line(axis, [cost[k] for cost in by_model.values()], points, run, looks[run])
+                axis.set(xlabel=COSTS[k], ylabel=f"{name}, {benchmark}")
+    title = "Figure 2: quality and calibration over sample-passes and other costs"
+    return _save(fig, path, title, looks)
+
+
+def looks_of_runs(results: Results | None, runs: Iterable[str]) -> dict[str, int]:
+    """Number of each run's colour: that of its last model in the tables, so that it has one colour
+    in all figures."""
+    model_of = {}  # run -> number of its last model
+    for k, model in enumerate(results.models if results else ()):
+        path = Path(results.cells(results.benchmarks[0], model)[0].config["model"])
+        model_of[path.parent.parent.name] = k
+    return {run: model_of.get(run, k) for k, run in enumerate(runs)}
 
 
 # --------------------------------------------------------------------------------------------------
 # Figures 3 and 4
 
 
-def figure_3(results: Results, path: Path) -> bool:
+def figure_3(results: Results, path: Path) -> Drawn:
     """Calibration by attribute (Figure 3)."""
     fig, axes = _panels(results)
     width = 0.8 / len(results.models)
@@ -112,24 +143,22 @@ def figure_3(results: Results, path: Path) -> bool:
         for k, model in enumerate(results.models):
             bars = [column(results.cells(benchmark, model)) for column in columns]
             axis.bar(np.arange(5) + k * width, [x.mean or 0 for x in bars], width,
-                     yerr=_error_bars(bars), label=model)  # fmt: skip
+                     yerr=_error_bars(bars), label=model, color=colour(k))  # fmt: skip
         axis.set_xticks(np.arange(5) + 0.4 - width / 2, ATTRIBUTES, rotation=20)
-    axes[0].legend()
-    return _save(fig, path)
+    return _save(fig, path, "Figure 3: calibration by attribute", _looks(results.models))
 
 
-def figure_4(results: Results, path: Path) -> bool:
+def figure_4(results: Results, path: Path) -> Drawn:
     """Calibration of an attribute's score by the judge's score, all attributes (Figure 4)."""
     fig, axes = _panels(results)
     columns = [mean(lambda c, score=score: by_judge_score(c, score)) for score in range(10)]
     for benchmark, axis in zip(results.benchmarks, axes, strict=True):
-        for model in results.models:
+        for k, model in enumerate(results.models):
             points = [column(results.cells(benchmark, model)) for column in columns]
             given = [score for score in range(10) if points[score].mean is not None]
-            _line(axis, given, [points[score] for score in given], model)
+            _line(axis, given, [points[score] for score in given], model, k)
         axis.set_xlabel("judge's score")
-    axes[0].legend()
-    return _save(fig, path)
+    return _save(fig, path, "Figure 4: calibration by the judge's score", _looks(results.models))
 
 
 def by_judge_score(c: Cell, score: int) -> Values:
@@ -142,7 +171,7 @@ def by_judge_score(c: Cell, score: int) -> Values:
 # Training
 
 
-def training(runs: Sequence[Path], path: Path) -> bool:
+def training(runs: Sequence[Path], path: Path, results: Results | None = None) -> Drawn | None:
     """Means over each RL step of the runs' own rollouts; a line at the end of each cycle."""
     names = ("quality", "calibration", "well_formed", "response_tokens")
     steps = {run.name: [x for x in RunFolder(run).metrics() if x["phase"] == "rl"] for run in runs}
@@ -153,20 +182,20 @@ def training(runs: Sequence[Path], path: Path) -> bool:
                 "the file, or delete that line"
             )
     if not any(steps.values()):
-        return False
+        return None
     fig, axes = plt.subplots(1, len(names), figsize=(15, 3.2), layout="constrained")
+    looks = looks_of_runs(results, steps)
     first = next(iter(steps.values()))
     ends = {x["cycle"]: x["sample_passes"] for x in first}
     for name, axis in zip(names, axes, strict=True):
         for run, lines in steps.items():
             points = [(x["sample_passes"], x[name]) for x in lines if x[name] is not None]
-            axis.plot(*zip(*points, strict=True), label=run)
+            axis.plot(*zip(*points, strict=True), label=run, color=colour(looks[run]))
         for end in list(ends.values())[:-1]:
             axis.axvline(end, color="gray", linewidth=0.4)
         axis.set_xlabel("sample-passes")
         axis.set_ylabel(name.replace("_", " "))
-    axes[0].legend()
-    return _save(fig, path)
+    return _save(fig, path, "Training: means over each RL step's own rollouts", looks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,8 +208,7 @@ def _panels(results: Results) -> tuple[plt.Figure, np.ndarray]:
     fig, axes = plt.subplots(1, n, squeeze=False, layout="constrained", sharey=True,
                              figsize=(5 * n, 3.2))  # fmt: skip
     for benchmark, axis in zip(results.benchmarks, axes[0], strict=True):
-        axis.set_title(benchmark)
-    axes[0][0].set_ylabel("calibration")
+        axis.set(title=benchmark, ylabel="calibration")
     return fig, axes[0]
 
 
@@ -190,14 +218,52 @@ def _error_bars(points: Sequence[Interval]) -> np.ndarray:
     return np.abs(np.reshape(bars, (-1, 2))).T
 
 
-def _line(axis: plt.Axes, x: Sequence[float], points: Sequence[Interval], label: str) -> None:
+def _line(
+    axis: plt.Axes, x: Sequence[float], points: Sequence[Interval], label: str, look: int
+) -> None:
+    """`look`: number of its colour and marker."""
     means = [np.nan if point.mean is None else point.mean for point in points]
-    axis.errorbar(x, means, _error_bars(points), marker="o", markersize=3, capsize=2, label=label)
+    axis.errorbar(x, means, _error_bars(points), capsize=2, label=label, markersize=4,
+                  color=colour(look), marker=MARKERS[look % len(MARKERS)])  # fmt: skip
 
 
-def _save(fig: plt.Figure, path: Path) -> bool:
+def _looks(labels: Iterable[str]) -> dict[str, int]:
+    return {label: k for k, label in enumerate(labels)}
+
+
+def colour(look: int) -> str:
+    return COLOURS[look % len(COLOURS)]
+
+
+def _save(fig: plt.Figure, path: Path, title: str, looks: Mapping[str, int]) -> Drawn:
+    """`looks`: label -> number of its colour."""
+    legend = fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center",
+                        ncols=len(looks), frameon=False)  # fmt: skip
     for axis in fig.axes:
         axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelleft=True)
     fig.savefig(path, dpi=130)
+    legend.remove()  # the page has its own
+    fig.set_layout_engine("none")
+    panels = [_svg(fig, axis, f"{path.stem}-{k}") for k, axis in enumerate(fig.axes)]
     plt.close(fig)
-    return True
+    return Drawn(title, {label: colour(look) for label, look in looks.items()}, panels)
+
+
+def _svg(fig: plt.Figure, axis: plt.Axes, name: str) -> str:
+    """One panel. `name` keeps the ids in it apart from those of other panels."""
+    for other in fig.axes:
+        other.set_visible(other is axis)
+    box = axis.get_tightbbox().transformed(fig.dpi_scale_trans.inverted()).padded(0.05)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        fig.savefig(file, format="svg", bbox_inches=box, transparent=True)
+    svg = file.getvalue()
+    size = re.search(r'viewBox="[^"]*"', svg)[0]
+    svg = svg[svg.index("<defs>") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[A-Za-z.]+_\d+"', "", svg)  # figure_1, axes_1: in every panel
+    svg = svg.replace("#000000", "currentColor")
+    label = f"{axis.get_ylabel()} over {axis.get_xlabel() or axis.get_title()}"
+    return f'<svg {size} role="img" aria-label="{html.escape(label)}" fill="currentColor">{svg}'

@@ -19,7 +19,7 @@ there. With --judge, SOURCE is one folder: new judgements are added to its judge
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,11 +30,13 @@ from evaluation.intervals import Interval
 from judge import ask_all, make_judge, messages, parse_scores, prefer
 from judging.client import Background, JudgeError
 from judging.endpoint import ClientConfig, Endpoint
-from judging.ledger import OK, question_key, read_attempts, render_totals
+from judging.ledger import OK, question_key, read_attempts, render_totals, totals
+from judging.replies import unfenced
 from prompts import JUDGE_SYSTEM, Scores, judge_user
 from storage.data import Prompt, load_prompts
 from storage.files import read_lines, write_text
 from storage.hub import data_file
+from storage.options import CountOrZero, Options, in_range
 from storage.record import Rollout, rollout_from_row
 from storage.run_folder import CellFolder, EvaluationFolder, Folder, RunFolder
 
@@ -62,17 +64,26 @@ def load_sources(path: Path) -> list[Source]:
     if path.is_file():
         return _read_export(path)
     if Folder(path).config_file.is_file():  # a run's checkpoints have one of their own
-        rollouts = RunFolder(path).all_rollouts() or CellFolder(path).answers()
-        return [_load_folder(Folder(path), rollouts)]
+        return [_load_folder(Folder(path))]
     if cells := EvaluationFolder(path).cells():
-        return [_load_folder(cell, cell.answers()) for cell in cells.values()]
+        return [_load_folder(cell) for cell in cells.values()]
     raise ValueError(
         f"{path}: neither a file nor a folder with a config.json; give runs/NAME, results/NAME, "
         "one of its BENCHMARK/MODEL, or a file made by --export"
     )
 
 
-def _load_folder(folder: Folder, rollouts: list[Rollout]) -> Source:
+def load_one_source(path: Path) -> Source:
+    """The source of a folder or file that holds one. Raises ValueError."""
+    sources = load_sources(path)
+    if len(sources) != 1:
+        names = ", ".join(source.name for source in sources) or "none"
+        raise ValueError(f"{path}: one model's answers are needed; name one of {names}")
+    return sources[0]
+
+
+def _load_folder(folder: Folder) -> Source:
+    rollouts = RunFolder(folder.path).all_rollouts() or CellFolder(folder.path).answers()
     attempts = list(read_attempts(folder.judge_cache)) if folder.judge_cache.exists() else []
     return Source(str(folder), folder.config(), rollouts, attempts)
 
@@ -97,8 +108,9 @@ def _read_export(path: Path) -> list[Source]:
     return list(sources.values())
 
 
-def export(sources: Sequence[Source], path: Path) -> None:
-    """Write one file from which every figure can be computed again, and which replay:FILE reads."""
+def export(sources: Sequence[Source], path: Path) -> str:
+    """Write one file from which every figure can be computed again, and which replay:FILE reads.
+    Returns what it holds, as a sentence."""
     lines = []
     for source in sources:
         rows = [("config", source.config)]
@@ -106,6 +118,14 @@ def export(sources: Sequence[Source], path: Path) -> None:
         rows += [("attempt", attempt) for attempt in source.attempts]
         lines += [{"source": source.name, "kind": kind, "content": row} for kind, row in rows]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    answers = [r for source in sources for r in source.rollouts]
+    scored = sum(r.judge_scores is not None for r in answers)
+    asked = [totals(source.attempts) for source in sources]
+    return (
+        f"{path}: {len(sources)} source(s) with {len(answers):,} answers, {scored:,} of them with "
+        f"scores; {sum(t['judgements'] for t in asked):,} judgements on file from "
+        f"{sum(t['calls'] for t in asked):,} calls"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,7 +133,7 @@ def export(sources: Sequence[Source], path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Options):
     """Judgements on file: figures, cost, another judge, agreement, pairwise preference, export."""
 
     sources: tyro.conf.Positional[tuple[Path, ...]]
@@ -123,14 +143,14 @@ class Command:
     """Judge the first source's answers: a model's name (see endpoint.py), replay:FILE, or an
     offline judge; empty: only show what is on file, or, with the options below, the judge that
     judged it."""
-    repeat: int = 0
+    repeat: CountOrZero = 0
     """Judgements of each answer, to see how far the judge agrees with itself."""
     against: Path | None = None
     """Ask the judge which answer is better, the first source's or this one's (Sec. 4.1: the base
     model's), in both orders."""
     human: bool = False
     """Judge the human-labelled responses of the prompt file and compare with the labels."""
-    limit: int = 0
+    limit: CountOrZero = 0
     """Answers that are judged, drawn by seed; 0: all."""
     data: str = ""
     """Prompt file; empty: the one in the source's config.json."""
@@ -139,7 +159,7 @@ class Command:
     source's config.json. Never shown with --human, nor to the pairwise referee."""
     export: Path | None = None
     """Write all sources' answers and judgements to this file."""
-    seed: int = 42
+    seed: in_range(int, "[0, 4294967000]") = 42
     """Seed of the draw."""
     endpoint: Endpoint = field(default_factory=Endpoint)
     client: ClientConfig = field(default_factory=ClientConfig)
@@ -160,8 +180,8 @@ class Answer(NamedTuple):
         return cls(prompt, references, text, r.self_scores, r.judge_scores)
 
 
-def answers_of(source: Source, prompts: dict[str, Prompt], use_references: bool) -> list[Answer]:
-    """The well-formed ones. Raises ValueError for a prompt that the file does not have."""
+def well_formed(source: Source, prompts: dict[str, Prompt]) -> list[Rollout]:
+    """The well-formed answers. Raises ValueError for a prompt that the file does not have."""
     valid = [r for r in source.rollouts if r.self_scores is not None]
     for r in valid:
         if r.prompt_id not in prompts:
@@ -169,20 +189,26 @@ def answers_of(source: Source, prompts: dict[str, Prompt], use_references: bool)
                 f"{source.name}: prompt {r.prompt_id!r} is not in the prompt file; give the file "
                 "that the answers were made from with --data"
             )
-    return [Answer.of(r, prompts[r.prompt_id], r.answer, use_references) for r in valid]
+    return valid
 
 
-def judge_again(judge, answers: Sequence[Answer], repeat: int) -> list[list[Scores | None]]:
-    """`repeat` independent score vectors for each answer, None where the judge refused."""
-    if not answers:
-        return []
-    works = [
-        judge.score(a.prompt.conversation, a.text, a.references, draw=draw)
-        for a in answers
-        for draw in range(repeat)
+def judge_again(
+    judge, answers: Sequence[Answer], repeats: Sequence[int]
+) -> list[list[Scores | None]]:
+    """As many independent score vectors for each answer as `repeats` says, None where the judge
+    refused. Once for each judge: its open connections belong to one event loop."""
+    asked = [
+        (a, draw) for a, repeat in zip(answers, repeats, strict=True) for draw in range(repeat)
     ]
-    flat = Background().submit(ask_all(works, f"judging by {judge.name}")).result()
-    return [flat[i : i + repeat] for i in range(0, len(flat), repeat)]
+    if not asked:
+        return [[] for _ in answers]
+    works = [
+        judge.score(a.prompt.conversation, a.text, a.references, draw=draw) for a, draw in asked
+    ]
+    names = [f"prompt {a.prompt.id}, answer {a.text[:40]!r}" for a, _ in asked]
+    work = ask_all(works, f"judging by {judge.name}", names)
+    scores = iter(Background().submit(work).result())
+    return [[next(scores) for _ in range(repeat)] for repeat in repeats]
 
 
 def other_judges(source: Source, answers: Sequence[Answer], name: str) -> dict[str, list]:
@@ -192,7 +218,9 @@ def other_judges(source: Source, answers: Sequence[Answer], name: str) -> dict[s
     for t in source.attempts:
         if (t["outcome"], t["form"], t["draw"]) == (OK, "scores", 0) and t["model"] != name:
             question = question_key(t["request"]["messages"])
-            scores.setdefault(t["model"], {}).setdefault(question, parse_scores(t["reply"]))
+            scores.setdefault(t["model"], {}).setdefault(
+                question, parse_scores(unfenced(t["reply"]))
+            )
     shown = [judge_user(a.prompt.conversation, a.text, a.references) for a in answers]
     questions = [question_key(messages(JUDGE_SYSTEM, user)) for user in shown]
     return {judge: [given.get(q) for q in questions] for judge, given in scores.items()}
@@ -200,7 +228,7 @@ def other_judges(source: Source, answers: Sequence[Answer], name: str) -> dict[s
 
 def report(command: Command, source: Source, judge, answers: Sequence[Answer]) -> str:
     """Judge the answers; figures, and agreement with scores on file, other judges and itself."""
-    draws = judge_again(judge, answers, max(1, command.repeat))
+    draws = judge_again(judge, answers, [max(1, command.repeat)] * len(answers))
     asked = len(answers)
     judged = [(a, d) for a, d in zip(answers, draws, strict=True) if None not in d]
     answers, draws = [a for a, _ in judged], [d for _, d in judged]
@@ -245,12 +273,19 @@ def compare_pairs(judge, ours: Source, theirs: Source, prompts: dict, limit: int
     other = {(r.prompt_id, r.sample): r.answer for r in theirs.rollouts if r.self_scores}
     pairs = [
         (r.prompt_id, r.answer, other[r.prompt_id, r.sample])
-        for r in ours.rollouts
-        if r.self_scores and (r.prompt_id, r.sample) in other
+        for r in well_formed(ours, prompts)
+        if (r.prompt_id, r.sample) in other
     ]
+    if not pairs:
+        raise ValueError(
+            f"{ours.name} and {theirs.name} have no prompt that both answered well-formed; give "
+            "another model's answers to the same prompts to --against"
+        )
     pairs = draw(pairs, limit, seed)
     works = [prefer(judge, prompts[i].conversation, one, two) for i, one, two in pairs]
-    preferences = Background().submit(ask_all(works, f"comparing by {judge.name}")).result()
+    names = [f"prompt {i}" for i, _, _ in pairs]
+    asked = ask_all(works, f"comparing by {judge.name}", names)
+    preferences = Background().submit(asked).result()
     judged = [(i, p) for (i, _, _), p in zip(pairs, preferences, strict=True) if p is not None]
     table = metrics.win_rate([i for i, _ in judged], [p for _, p in judged])
     title = f"{ours.name} against {theirs.name}, by {judge.name}, both orders"
@@ -266,14 +301,24 @@ def draw(items: Sequence, limit: int, seed: int) -> list:
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
 
 
+def as_before(command: Command, config: dict) -> Command:
+    """Without --judge, the judge that judged the source, asked where and as it was asked then;
+    options --endpoint.* override that."""
+    if command.judge:
+        return command
+    given = {f.name: getattr(command.endpoint, f.name) for f in fields(Endpoint)}
+    usual, former = asdict(Endpoint()), config["endpoint"]
+    endpoint = Endpoint(**{k: former.get(k, v) if v == usual[k] else v for k, v in given.items()})
+    return replace(command, judge=config["judge"], endpoint=endpoint)
+
+
 def run(command: Command) -> str:
     """The command's output. Raises ValueError or JudgeError."""
     if not command.sources:
         raise ValueError("no source is given, such as results/NAME; --help shows the ways")
     sources = [source for path in command.sources for source in load_sources(path)]
     if command.export:
-        export(sources, command.export)
-        return f"{command.export}: {len(sources)} source(s)"
+        return export(sources, command.export)
     if not (command.judge or command.repeat or command.against or command.human):
         return "\n\n".join(
             f"{s.name}\n{metrics.render(s.table())}\n\n{render_totals(s.attempts)}" for s in sources
@@ -284,11 +329,11 @@ def run(command: Command) -> str:
             f"{folder}: new judgements need one folder; give runs/NAME or "
             "results/NAME/BENCHMARK/MODEL"
         )
-    command = replace(command, judge=command.judge or source.config["judge"])
+    command = as_before(command, source.config)
     judge = make_judge(command, Folder(folder).judge_cache)
     prompts = {p.id: p for p in load_prompts(data_file(command.data or source.config["data"]))}
     if command.against:
-        [theirs] = load_sources(command.against)
+        theirs = load_one_source(command.against)
         return compare_pairs(judge, source, theirs, prompts, command.limit, command.seed)
     if command.human:
         labelled = [(p, reference) for p in prompts.values() for reference in p.references]
@@ -299,7 +344,8 @@ def run(command: Command) -> str:
         shown = {"as before": source.config["use_references"]}.get(
             command.use_references, command.use_references == "yes"
         )
-        answers = answers_of(source, prompts, shown)
+        rollouts = well_formed(source, prompts)
+        answers = [Answer.of(r, prompts[r.prompt_id], r.answer, shown) for r in rollouts]
     return report(command, source, judge, draw(answers, command.limit, command.seed))
 
 

@@ -197,13 +197,14 @@ def win_rate(
     """The response win-rate (Sec. 4.1), (wins + ties / 2) / n, and what the order of showing did.
 
     preferences: (result, when shown first, when shown second) per pair of answers, each 1 for a
-    win, -1 for a loss, 0 for a tie. order_bias: win-rate when shown first minus when shown second
-    (0: the order does nothing). disagreement: share of pairs on which the two orders differ, which
-    count as ties.
+    win, -1 for a loss, 0 for a tie. first_order: win-rate when shown first (the paper asks in one
+    order). order_bias: win-rate when shown first minus when shown second (0: the order does
+    nothing). disagreement: share of pairs on which the two orders differ, which count as ties.
     """
     result, first, second = np.array(preferences).reshape(-1, 3).T
     return {
         "win-rate": over_prompts((result + 1) / 2, prompts),
+        "first_order": over_prompts((first + 1) / 2, prompts),
         "ties": over_prompts(result == 0, prompts),
         "order_bias": over_prompts((first - second) / 2, prompts),
         "disagreement": over_prompts(first != second, prompts),

@@ -11,6 +11,7 @@ import numpy as np
 from evaluation import intervals, metrics
 from evaluation.results import Cell
 from evaluation.table import Column, Results, Table, Values, mean, measure, rows, statistic
+from judge import offline_judge
 from prompts import ATTRIBUTES
 from storage.run_folder import file_name
 
@@ -25,9 +26,9 @@ PAPER_MAIN = {
 PAPER_WIN_RATES = {
     ("helpsteer2", "rlcr", "quality"): 0.570, ("helpsteer2", "rlcr", "calibration"): 0.617,
     ("helpsteer2", "see", "quality"): 0.671, ("helpsteer2", "see", "calibration"): 0.700,
-    ("alpaca_eval", "rlcr", "responses"): 0.534, ("alpaca_eval", "see", "responses"): 0.592,
-    ("arena_hard", "rlcr", "responses"): 0.502, ("arena_hard", "see", "responses"): 0.518,
-    ("wildbench", "rlcr", "responses"): 0.537, ("wildbench", "see", "responses"): 0.581,
+    ("alpaca_eval", "rlcr", "first order"): 0.534, ("alpaca_eval", "see", "first order"): 0.592,
+    ("arena_hard", "rlcr", "first order"): 0.502, ("arena_hard", "see", "first order"): 0.518,
+    ("wildbench", "rlcr", "first order"): 0.537, ("wildbench", "see", "first order"): 0.581,
 }  # fmt: skip
 PAPER_TOP_5 = {
     ("helpsteer2", "base", "top-5"): 0.7707, ("helpsteer2", "see", "top-5"): 0.8776,
@@ -68,6 +69,8 @@ def main_table(results: Results) -> Table:
         f"example ({'left out' if setting['drop_duplicates'] else 'kept'}): "
         f"{', '.join(duplicates)}.",
         rows(results, MAIN, paper=PAPER_MAIN),
+        higher=("well-formed", "quality", "calibration"),
+        lower=("MAE",),
     )
 
 
@@ -86,24 +89,31 @@ def win_rates(results: Results) -> Table:
         "quality": by_scores(lambda c: c.quality),
         "calibration": by_scores(lambda c: c.calibration),
         "responses": mean(lambda c: preferences(c, lambda x: (x["result"] + 1) / 2)),
+        "first order": mean(lambda c: preferences(c, lambda x: (x["shown_first"] + 1) / 2)),
         "length-adjusted": statistic(length_adjusted),
-        "order bias": mean(
-            lambda c: preferences(c, lambda x: (x["shown_first"] - x["shown_second"]) / 2)
-        ),
+        "order bias": mean(order_bias),
     }
     return Table.of(
         f"Win-rates against {results.base}",
         "(wins + ties / 2) / n over samples that both answered well-formed. The referee is "
-        "asked in both orders; a disagreement is a tie. Length-adjusted: at equal length, "
-        "without LC AlpacaEval's term for difficulty. Order bias: win-rate when shown first "
-        "minus when shown second.",
+        "asked in both orders; a disagreement is a tie. First order: with the model's answer "
+        "shown first; the paper asks in one order. Length-adjusted: at equal length, without LC "
+        "AlpacaEval's term for difficulty. Order bias: win-rate when shown first minus when shown "
+        "second (an offline judge has none).",
         rows(results, columns, lambda c: c.model != results.base, PAPER_WIN_RATES),
+        higher=("quality", "calibration", "responses", "first order", "length-adjusted"),
     )
 
 
 def preferences(c: Cell, value: Callable[[dict], float]) -> Values:
     """`value`: of a line of preferences.jsonl."""
     return [value(x) for x in c.preferences], [x["prompt_id"] for x in c.preferences]
+
+
+def order_bias(c: Cell) -> Values:
+    if offline_judge(c.config["judge"]):  # compares scores and is shown no order
+        return [], []
+    return preferences(c, lambda x: (x["shown_first"] - x["shown_second"]) / 2)
 
 
 def length_adjusted(c: Cell) -> tuple[Callable, Sequence]:
@@ -130,6 +140,7 @@ def held_out_judges(results: Results) -> Table:
             for judge, lines in sorted(cells[0].judged.items())
             if lines and judge != file_name(results.judge)
         ],
+        higher=("quality", "calibration"),
     )
 
 
@@ -161,6 +172,7 @@ def top_5(results: Results) -> Table:
             lambda c: c.log_probabilities("own")[0],
             PAPER_TOP_5,
         ),
+        higher=("top-5",),
     )
 
 
@@ -177,6 +189,7 @@ def calibration_by_attribute(results: Results) -> Table:
         "By attribute: calibration",
         "(1 - |s - j| / 9)^gamma of each attribute alone (Figure 3).",
         rows(results, by_attribute(lambda c: c.attribute_calibration)),
+        higher=ATTRIBUTES,
     )
 
 
@@ -185,6 +198,7 @@ def error_by_attribute(results: Results) -> Table:
         "By attribute: mean absolute error",
         "|s - j|, in points of 0-9.",
         rows(results, by_attribute(lambda c: np.abs(c.s - c.j))),
+        lower=ATTRIBUTES,
     )
 
 

@@ -55,6 +55,7 @@ class Cell:
     preferences: list[dict] = field(default_factory=list)
     summary: dict = field(default_factory=dict)
     evaluation: "Evaluation | None" = field(default=None, repr=False)  # that it is a part of
+    run: Path | None = None  # whose own rollouts these are
 
     @cached_property
     def valid(self) -> list[Rollout]:
@@ -231,6 +232,7 @@ class Evaluation:
     cells: dict[tuple[str, str], Cell]  # by (benchmark, model)
     window: Window | None
     stronger: dict[str, dict[str, Scores]]  # a stronger model's scores, by benchmark and prompt
+    models: list[str]  # in their order; not a run's earlier checkpoints
 
 
 def load_evaluation(path: Path) -> Evaluation:
@@ -257,7 +259,9 @@ def load_evaluation(path: Path) -> Evaluation:
         for benchmark, file in folder.stronger_files().items()
     }
     window = Window(rollouts, base, first.gamma) if rollouts else None
-    evaluation = Evaluation(path, cells, window, stronger)
+    models = [m for m in folder.models() if any(model == m for _, model in cells)]
+    models = models or list(dict.fromkeys(model for _, model in cells))
+    evaluation = Evaluation(path, cells, window, stronger, models)
     for cell in cells.values():
         cell.evaluation = evaluation
     return evaluation
@@ -294,7 +298,9 @@ def load_run(path: Path) -> Cell:
         raise ValueError(f"{path}: no run of cycle.py there; give runs/NAME")
     if not (rollouts := run.all_rollouts()):
         raise ValueError(f"{run.rollouts(1)}: no rollout there yet; let the run take a step")
-    return Cell(TRAINING, path.name, run.config(), rollouts)
+    if not run.metrics_file.is_file():
+        raise ValueError(f"{run.metrics_file}: no such file; restore it, or leave the run out")
+    return Cell(TRAINING, path.name, run.config(), rollouts, run=path)
 
 
 def read_newest(path: Path) -> list[dict]:

@@ -15,6 +15,8 @@ from evaluation.judgements import Answer, judge_again
 from judge import ask_all, make_judge, prefer
 from judging.client import Background
 from judging.endpoint import Endpoint
+from prompts import special_tokens
+from storage.answers import Answers
 from storage.data import Prompt
 from storage.files import append_line, read_lines, write_text
 from storage.progress import progress
@@ -41,8 +43,7 @@ def unread_chunks(
     number of ranks. Collective."""
     lines = [row for _, _, row in read_lines(path)] if path.exists() else []
     done = {(x["prompt_id"], x["sample"], x["answer_id"]) for x in lines if x["version"] == version}
-    answered = [r for r in rollouts if answer_text(r)]
-    chunks = [answered[i : i + CHUNK] for i in range(0, len(answered), CHUNK)]
+    chunks = [rollouts[i : i + CHUNK] for i in range(0, len(rollouts), CHUNK)]
     unread = []
     for chunk in chunks[parallel.rank() :: parallel.world_size()]:
         lacking = {r.key for r in chunk if (r.prompt_id, r.sample, answer_id(r)) not in done}
@@ -58,8 +59,10 @@ def read_digits(cell: CellFolder, scorer: str, reader: Reader, version: str) -> 
     the digits that it sampled (`own`)."""
     path = cell.digits_file(scorer)
     own_cell = cell.path.name == scorer
-    for rows, lacking in unread_chunks(path, version, cell.answers(), f"{scorer} reads {cell}"):
-        questions = [Question(r.prompt_ids, answer_text(r), r.judge_scores) for r in rows]
+    special = special_tokens(reader.tokenizer)
+    answered = [r for r in cell.answers() if answer_text(r, special)]
+    for rows, lacking in unread_chunks(path, version, answered, f"{scorer} reads {cell}"):
+        questions = [Question(r.prompt_ids, answer_text(r, special), r.judge_scores) for r in rows]
         blocks = [r for r in rows if own_cell and r.score_positions is not None]
         own = dict(zip((r.key for r in blocks), reader.own(blocks), strict=True))
         for r, reading in zip(rows, reader.read(questions), strict=True):
@@ -120,30 +123,34 @@ def held_out(cell: CellConfig, judge: str) -> CellConfig:
     return dataclasses.replace(cell, judge=judge, endpoint=Endpoint(), client=client)
 
 
-def judge_more(config: EvaluationConfig, cell: CellConfig, prompts: dict[str, Prompt]) -> None:
-    """Malformed answers and repeats by the judge, all answers by the held-out judges. Raises
-    JudgeError."""
+def judge_more(
+    config: EvaluationConfig,
+    cell: CellConfig,
+    prompts: dict[str, Prompt],
+    special: tuple[str, ...],
+) -> None:
+    """Malformed answers and repeats by the judge, all answers by the held-out judges. `special`:
+    the tokenizer's special tokens. Raises JudgeError."""
     rollouts = cell.folder.answers()
     valid = [r for r in rollouts if r.judge_scores is not None]
-    malformed = [r for r in rollouts if r.self_scores is None and answer_text(r)]
+    malformed = [r for r in rollouts if r.self_scores is None and answer_text(r, special)]
     drawn = random.Random(config.seed).sample(valid, min(config.repeat_answers, len(valid)))
     repeated = sorted(drawn, key=lambda r: r.key) if config.repeat > 1 else []
-    work = [(cell, [(malformed, 1), (repeated, config.repeat)])]
-    work += [(held_out(cell, name), [(valid, 1)]) for name in config.judges]
-    for judge_config, parts in work:
+    work = [(cell, [(r, 1) for r in malformed] + [(r, config.repeat) for r in repeated])]
+    work += [(held_out(cell, name), [(r, 1) for r in valid]) for name in config.judges]
+    for judge_config, asked in work:
         judge = make_judge(judge_config, cell.folder.judge_cache)
-        lines = []
-        for rows, repeat in parts:
-            answers = [
-                Answer.of(r, prompts[r.prompt_id], answer_text(r), cell.use_references)
-                for r in rows
-            ]
-            for r, draws in zip(rows, judge_again(judge, answers, repeat), strict=True):
-                lines += [
-                    line_about(r, r.weight_version, draw=d, scores=s)
-                    for d, s in enumerate(draws)
-                    if s is not None
-                ]
+        answers = [
+            Answer.of(r, prompts[r.prompt_id], answer_text(r, special), cell.use_references)
+            for r, _ in asked
+        ]
+        draws = judge_again(judge, answers, [repeat for _, repeat in asked])
+        lines = [
+            line_about(r, r.weight_version, draw=d, scores=s)
+            for (r, _), scores in zip(asked, draws, strict=True)
+            for d, s in enumerate(scores)
+            if s is not None
+        ]
         path = cell.folder.scores_file(judge_config.judge)
         write_lines(path, [*earlier_judgements(path, lines, rollouts), *lines])
 
@@ -164,18 +171,19 @@ def earlier_judgements(
 
 
 def judge_stronger(
-    path: Path, base: CellConfig, prompts: dict[str, Prompt], answers: dict[str, str]
+    path: Path, base: CellConfig, prompts: dict[str, Prompt], answers: Answers
 ) -> None:
     """A stronger model's answers by the judge, once each. Raises JudgeError."""
+    base.folder.add_to_summary({"stronger": answers.counts()})
     judge = make_judge(base, base.folder.judge_cache)
     works = [
         Answer(prompts[p], prompts[p].references if base.use_references else (), text, None, None)
-        for p, text in answers.items()
+        for p, text in answers.texts.items()
     ]
-    scores = judge_again(judge, works, 1)
+    scores = judge_again(judge, works, [1] * len(works))
     lines = [
         {"prompt_id": p, "version": "", "scores": first}
-        for p, [first] in zip(answers, scores, strict=True)
+        for p, [first] in zip(answers.texts, scores, strict=True)
         if first is not None
     ]
     write_lines(path, lines)
@@ -191,7 +199,9 @@ def compare_with_base(base: CellConfig, cell: CellConfig, prompts: dict[str, Pro
     ]
     judge = make_judge(cell, cell.folder.judge_cache)
     works = [prefer(judge, prompts[r.prompt_id].conversation, r.answer, o.answer) for r, o in pairs]
-    preferences = Background().submit(ask_all(works, f"{cell.name} against the base")).result()
+    names = [f"prompt {r.prompt_id}, sample {r.sample}" for r, _ in pairs]
+    asked = ask_all(works, f"{cell.name} against the base", names)
+    preferences = Background().submit(asked).result()
     lines = [
         line_about(r, r.weight_version, **p._asdict(), longer_by=len(r.answer) - len(o.answer))
         for (r, o), p in zip(pairs, preferences, strict=True)

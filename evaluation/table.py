@@ -8,7 +8,7 @@ evaluations where there are several (intervals.py).
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,15 @@ from evaluation.results import Cell, Evaluation
 Figure = Interval | float | int | str | None
 Column = Callable[[list[Cell]], Figure]
 Values = tuple[Sequence[float], Sequence]  # one number per response, and its prompt's id
+# The paper's settings; its evaluation's decoding is not given, so training's (App. A).
+PAPER_SETTINGS = {
+    "template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0, "use_references": True,
+    "drop_duplicates": False, "prompt_tokens": 4096, "temperature": 0.8, "top_p": 0.9, "top_k": 25,
+    "max_tokens": 8192,
+}  # fmt: skip
+# Unique prompts of the whole benchmarks; HelpSteer2's validation split, not its training split.
+PAPER_PROMPTS = {"helpsteer2": 519, "alpaca_eval": 805, "arena_hard": 750, "wildbench": 1024}
+P_VALUES = ("p", "corrected p")
 PAPER = " (paper)"  # a column NAME (paper) holds the paper's figures beside those of NAME
 
 
@@ -40,7 +49,8 @@ class Results:
     Several are runs with other seeds."""
 
     def __init__(self, evaluations: Sequence[Evaluation], models: Sequence[str] = ()):
-        """`models`: which of them, in this order, the base first; (): all. Raises ValueError if the
+        """`models`: which of them, in this order, the base first; (): all but runs' earlier
+        checkpoints. Raises ValueError if the
         evaluations do not have the same cells or settings."""
         self.evaluations = list(evaluations)
         first, *others = self.evaluations
@@ -55,7 +65,7 @@ class Results:
         on_file = list(dict.fromkeys(model for _, model in first.cells))
         if unknown := set(models) - set(on_file):
             raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(on_file)}")
-        self.models = list(models) or on_file
+        self.models = list(models) or first.models
         self.on_file = [m for m in on_file if all((b, m) in self for b in self.benchmarks)]
         self.base = self.models[0]
         for b in self.benchmarks:
@@ -74,11 +84,32 @@ class Results:
                     "one setting, and those of others with --beside"
                 )
         self.judge = self.settings["judge"]
-        paper = {"template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0,
-                 "use_references": True, "drop_duplicates": False}  # fmt: skip
-        self.papers_setting = bool(
-            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge)
-        ) and all(self.settings[name] == value for name, value in paper.items())
+
+    def as_in_the_paper(self, benchmark: str) -> bool:
+        """Whether the paper's figures for this benchmark are about the same: its judge, template,
+        references, decoding, and all of its prompts."""
+        cells = [cell for m in self.models for cell in self.cells(benchmark, m)]
+        answered = [len({r.prompt_id for r in cell.rollouts}) for cell in cells]
+        size = PAPER_PROMPTS.get(benchmark, 0)
+        return (
+            re.fullmatch(r"gpt-5\.4(-\d{4}-\d\d-\d\d)?", self.judge) is not None
+            and all(self.settings[name] == value for name, value in PAPER_SETTINGS.items())
+            and all(abs(n - size) <= 0.01 * size for n in answered)
+            and not self.too_long(benchmark)
+        )
+
+    def too_long(self, benchmark: str) -> int:
+        """How many prompts were left out because they are over the limit."""
+        return max(
+            c.summary.get("too_long", 0) for m in self.models for c in self.cells(benchmark, m)
+        )
+
+    def note(self) -> str:
+        """What stands under every table; "" if there is nothing to say."""
+        counts = {b: self.too_long(b) for b in self.benchmarks}
+        lacking = ", ".join(f"{b} {n:,}" for b, n in counts.items() if n)
+        limit = self.settings["prompt_tokens"]
+        return f" Prompts over {limit:,} tokens are left out: {lacking}." if lacking else ""
 
     def cells(self, benchmark: str, model: str) -> list[Cell]:
         """One for each evaluation."""
@@ -138,8 +169,9 @@ def rows(
     paper: Mapping[tuple[str, str, str], float] | None = None,
 ) -> list[dict[str, Figure]]:
     """A row for every benchmark and model for which `keep` is true. `paper`: the paper's figures by
-    (benchmark, model, header); they stand beside these columns if our setting is the paper's."""
-    published = (paper if results.papers_setting else None) or {}
+    (benchmark, model, header); they stand beside these columns where our setting is the paper's."""
+    alike = {b for b in results.benchmarks if results.as_in_the_paper(b)}
+    published = {key: figure for key, figure in (paper or {}).items() if key[0] in alike}
     table = []
     for benchmark, model, cells in results.each():
         if keep(cells[0]):
@@ -157,15 +189,25 @@ def rows(
 @dataclass
 class Table:
     """`frame`: a row per benchmark, model, ...; key columns first, then a column per figure, whose
-    entries are Figures."""
+    entries are Figures. `higher`, `lower`: headers of the columns in which a higher, or a lower,
+    figure is the better one."""
 
     title: str
     note: str
     frame: pd.DataFrame
+    higher: Collection[str] = ()
+    lower: Collection[str] = ()
 
     @classmethod
-    def of(cls, title: str, note: str, rows: Sequence[Mapping[str, Figure]]) -> "Table":
-        return cls(title, note, pd.DataFrame(rows, dtype=object))
+    def of(
+        cls,
+        title: str,
+        note: str,
+        rows: Sequence[Mapping[str, Figure]],
+        higher: Collection[str] = (),
+        lower: Collection[str] = (),
+    ) -> "Table":
+        return cls(title, note, pd.DataFrame(rows, dtype=object), higher, lower)
 
     @property
     def file_name(self) -> str:
@@ -177,7 +219,7 @@ class Table:
         shown = {}
         for header, column in self.frame.items():
             if not header.endswith(PAPER):
-                shown[header] = list(map(show, column))
+                shown[header] = [show(x, header) for x in column]
             else:
                 ours = header.removesuffix(PAPER)
                 shown[ours] = [
@@ -214,7 +256,7 @@ class Table:
         return pd.DataFrame(columns, dtype=object).to_csv(index=False)
 
 
-def show(figure: Figure) -> str:
+def show(figure: Figure, header: str = "") -> str:
     """0.731 [0.702, 0.760]"""
     match figure:
         case None:
@@ -225,5 +267,7 @@ def show(figure: Figure) -> str:
             return figure
         case int():
             return f"{figure:,}"
+        case _ if header in P_VALUES and figure < 0.001:
+            return "<0.001"
         case _:
             return f"{figure:.3f}"

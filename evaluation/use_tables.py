@@ -61,6 +61,8 @@ def distributions(results: Results, before: str) -> Table:
         f"Ten-digit distributions, after the {'model' if before == 'own' else 'judge'}'s digits",
         note,
         rows(results, columns, lambda c: c.log_probabilities("own")[0]),
+        higher=("AUROC",),
+        lower=[header for header in columns if header != "AUROC"],
     )
 
 
@@ -97,6 +99,8 @@ def errors(results: Results) -> Table:
             if cells[0].valid
             for a, attribute in enumerate(ATTRIBUTES)
         ],
+        higher=("kappa", "correlation"),
+        lower=("bias", "spread", "rest"),
     )
 
 
@@ -129,6 +133,7 @@ def sensitivity(results: Results) -> Table:
         "prompt's, and when its second half is cut off; both should be negative. Copied: share of "
         "score vectors that stand in a few-shot example.",
         rows(results, columns, lambda c: c.sensitivity),
+        lower=("another prompt's answer", "half of the answer"),
     )
 
 
@@ -174,12 +179,18 @@ def uses(results: Results) -> Table:
         f"{SHARE:.0%} escalated to the stronger model: quality": (escalated, lambda c: c.stronger),
     }
     headers = {"by self-evaluation": "by_self", "random": "random", "oracle": "oracle"}
+    lacking = [
+        f"{b} {counts['missing']:,} ({counts['empty']:,} answers are empty)"
+        for b in results.benchmarks
+        if (counts := results.cells(b, results.base)[0].summary.get("stronger"))
+    ]
     return Table.of(
         "Uses",
         "Best of n: the judge's quality of the answer that the model rates best, higher is better. "
         "Selective answering: mean of 1 - quality over coverage, the best rated answered first; "
         "lower is better. Escalation: mean quality when the lowest rated answers are exchanged for "
-        "a stronger model's, from a file.",
+        "a stronger model's, from a file"
+        + (f"; prompts without one are left out: {', '.join(lacking)}." if lacking else "."),
         [
             {"benchmark": b, "model": m, "use": use}
             | measure({header: column(field) for header, field in headers.items()}, cells)

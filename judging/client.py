@@ -6,53 +6,80 @@ tokens, 8 attempts, back-off from 2 s doubling to 120 s with jitter, 24 concurre
 time-out.
 
 A reply is valid only if the caller's reply form accepts it. Any other outcome is a failed attempt,
-recorded and counted by reason. After the last attempt, at the deadline, at the budget, or when a
-request is refused and retrying cannot help, all ranks stop sending requests. Requests in flight are
-still awaited and recorded, because they are paid for. A score is never made up. Running the same
-command again continues the run.
+recorded and counted by reason. After the last attempt, at the deadline, at the budget, or when
+asking again cannot help, all ranks stop sending requests. Requests in flight are still awaited and
+recorded, because they are paid for. A score is never made up. Running the same command again
+continues the run.
+
+A text that the judge refuses for good stops the run too, unless --client.skip_refused lets the run
+go on without that judgement.
+
+Departure: the back-off is drawn from 0-100 % of its time; the authors' from 50-100 %.
 
 Not in the paper: replies must follow a JSON schema where the endpoint supports it; the deadline;
-the budget.
+the budget; passing over refused texts.
 """
 
 import asyncio
-import json
 import random
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import NamedTuple
 
 import openai
 
 from judging.endpoint import Form, Service
-from judging.ledger import OK, Ledger, cache_key, question_key, read_attempts
+from judging.errors import Attempt, Fault, read_error, read_no_response
+from judging.ledger import OK, Ledger, cache_key
+from judging.replies import read_reply, unfenced
+
+# Attempts to reach an endpoint that has never answered this process: the server may be starting,
+# but as a rule the URL, the proxy or the network is wrong.
+FIRST_ATTEMPTS = 3
 
 
 class JudgeError(RuntimeError):
-    """No valid reply, and retrying now would not help. The message names the remedy."""
+    """No valid reply, and retrying now would not help. The message names the remedy.
+
+    `about_text`: whether the cause lies in the text that was to be judged, so that the reader needs
+    its name; else it lies in settings, network, account or budget, or in another question.
+    """
+
+    def __init__(self, message: str, about_text: bool = False):
+        super().__init__(message)
+        self.about_text = about_text
+
+    def named(self, text: str) -> "JudgeError":
+        """The error with the name of the text that was to be judged, if it is about that."""
+        return JudgeError(f"{text}: {self}", True) if self.about_text else self
 
 
 class Refused(JudgeError):
-    """The judge refuses this question for good, and --client.skip_refused allows going on without
-    its reply."""
+    """The judge refuses this text for good, and --client.skip_refused allows for it: the question
+    stays without a judgement, and others are asked."""
+
+    def __init__(self, message: str):
+        super().__init__(message, about_text=True)
 
 
-class Attempt(NamedTuple):
-    """Outcome of one request."""
-
-    outcome: str = OK  # or the reason of the failure
-    reply: str | None = None
-    served_model: str | None = None
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    retry_after: float = 0.0  # seconds to wait, from the server's Retry-After
-    final: str | None = None  # error message, if no retry can help
+def connection(service: Service) -> openai.AsyncOpenAI:
+    """Raises ValueError if the environment names a proxy that cannot be used."""
+    try:
+        return openai.AsyncOpenAI(
+            api_key=service.key,
+            base_url=service.base_url,
+            max_retries=0,  # retries are counted here
+            timeout=service.config.timeout,
+        )
+    except Exception as error:  # its text can hold the proxy's password
+        socks = isinstance(error, ImportError)
+        raise ValueError(
+            "the proxy that ALL_PROXY, HTTPS_PROXY or HTTP_PROXY names cannot be used: "
+            + ("SOCKS needs a package, pip install socksio" if socks else "give http://HOST:PORT")
+            + "; or unset the variable"
+        ) from None
 
 
 class ChatClient:
@@ -62,30 +89,34 @@ class ChatClient:
         self.service, self.config, self.ledger = service, service.config, ledger
         self.model, self.endpoint = service.model, service.base_url
         self._counts: Counter[str] = Counter()  # of this process since the last take_counts
-        self._api = openai.AsyncOpenAI(
-            api_key=service.key,
-            base_url=service.base_url,
-            max_retries=0,  # retries are counted here
-            timeout=self.config.timeout,
-        )
+        self._api = connection(service)
+        self._answered = False  # whether the endpoint has answered this process at all
         self._slots = asyncio.Semaphore(concurrency)
         self._in_flight = 0
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by cache key
 
     async def ask(self, messages: Sequence[dict], form: Form, draw: int = 0) -> object:
         """The parsed reply. `draw` numbers independent replies to the same question. Raises
-        JudgeError."""
+        JudgeError, and Refused where the run goes on without this judgement."""
         request = self.service.request(messages, form)
         key = cache_key(self.endpoint, request, draw)
         async with self._locks[key]:  # two identical concurrent questions become one request
             self.ledger.refresh()
             if key not in self.ledger.replies:
-                await self._ask_with_retries(key, request, form, draw)
-            return form.parse(self.ledger.replies[key])
+                if not (self.config.skip_refused and key in self._refused):
+                    await self._ask_with_retries(key, request, form, draw)
+                if key in self._refused:
+                    raise self._refusal(key)
+            return form.parse(unfenced(self.ledger.replies[key]))
+
+    @property
+    def _refused(self) -> dict[str, str]:
+        """Cache key -> the judge's words, of the questions that it refuses for good."""
+        return self.ledger.refused[self.model, self.endpoint]
 
     async def _ask_with_retries(self, key: str, request: dict, form: Form, draw: int) -> None:
-        """Returns once a valid reply is on file. Raises JudgeError."""
-        c, first_started = self.config, None
+        """Returns once a valid reply or a refusal for good is on file. Raises JudgeError."""
+        c, first_started, faults = self.config, None, set()
         for number in range(1, c.attempts + 1):
             async with self._slots:
                 self._check_budget()
@@ -96,18 +127,56 @@ class ChatClient:
                     attempt = await self._attempt(request, form)
                 finally:
                     self._in_flight -= 1
-            self._record(key, request, form, draw, number, attempt, time.monotonic() - started)
+            seconds = time.monotonic() - started
             if attempt.outcome == OK:
+                return self._record(key, request, form, draw, number, attempt, seconds)
+            faults.add(attempt.fault)
+            wait, within = self._next(number, attempt, first_started)
+            declined = attempt.fault is Fault.DECLINED and Fault.REPLY not in faults
+            if within and declined:
+                attempt = attempt._replace(fault=Fault.REFUSED)
+            self._record(key, request, form, draw, number, attempt, seconds)
+            if attempt.fault is Fault.REFUSED:
                 return
-            if attempt.final:
-                raise self._give_up(attempt.final)
-            jittered = random.uniform(0, min(c.backoff_max, c.backoff * 2 ** (number - 1)))
-            wait = max(jittered, attempt.retry_after)
-            if number == c.attempts:
-                raise self._no_usable_reply(f"{c.attempts} attempts", attempt)
-            if time.monotonic() + wait - first_started > c.deadline:
-                raise self._no_usable_reply(f"{c.deadline:g} s (--client.deadline)", attempt)
+            if attempt.fault is Fault.SETTINGS:
+                raise self._give_up(f"{self._name}: {attempt}")
+            if within:
+                raise self._give_up(
+                    f"{self._name}: no usable reply in {within}, the last: {attempt}. All "
+                    "judgements are on file; run the same command again to continue",
+                    about_text=attempt.fault in (Fault.REPLY, Fault.DECLINED),
+                )
             await self._pause(wait)
+
+    def _next(self, number: int, failed: Attempt, first: float) -> tuple[float, str | None]:
+        """Seconds until the next attempt; and if there is none, within what they were made."""
+        c = self.config
+        jittered = random.uniform(0, min(c.backoff_max, c.backoff * 2 ** (number - 1)))
+        wait = max(jittered, failed.retry_after)
+        unreached = failed.fault is Fault.NO_ROUTE and not self._answered
+        if number == c.attempts or (unreached and number >= FIRST_ATTEMPTS):
+            return wait, f"{number} attempts"
+        if time.monotonic() + wait - first > c.deadline:
+            return wait, f"{c.deadline:g} s (--client.deadline)"
+        return wait, None
+
+    @property
+    def _name(self) -> str:
+        return f"judge {self.model} at {self.endpoint}"
+
+    def _refusal(self, key: str) -> JudgeError:
+        """The error for a question that is refused for good: Refused for the first
+        --client.skip_refused of them, which are the same on all ranks."""
+        allowed, place = self.config.skip_refused, [*self._refused].index(key)
+        text = f"{self._name} refuses this text for good: {self._refused[key]}"
+        if place < allowed:
+            return Refused(text)
+        return self._give_up(
+            f"{text}. --client.skip_refused N lets a run pass over N such answers, which then have "
+            f"no judgement; it is {allowed}, and this is number {place + 1}. All judgements are on "
+            "file, and the same command continues",
+            about_text=True,
+        )
 
     def _check_budget(self) -> None:
         """Raise JudgeError if another rank has given up or the budget is used up."""
@@ -125,19 +194,12 @@ class ChatClient:
                 f"the budget of ${c.max_cost:,.2f} is used up (--client.max_cost); {remedy}"
             )
 
-    def _give_up(self, reason: str) -> JudgeError:
+    def _give_up(self, reason: str, about_text: bool = False) -> JudgeError:
         """The error to raise, after telling all ranks to stop sending requests."""
-        if not self.ledger.stop:
-            self.ledger.give_up(reason)
-        return JudgeError(self.ledger.stop)
-
-    def _no_usable_reply(self, within: str, last: Attempt) -> JudgeError:
-        hint = "; raise --endpoint.max_tokens" if last.outcome == "cut at the token limit" else ""
-        return self._give_up(
-            f"judge {self.model} at {self.endpoint}: no usable reply in {within}, the last: "
-            f"{last.outcome}{hint}. All judgements are on file; run the same command again to "
-            "continue"
-        )
+        if self.ledger.stop:
+            return JudgeError(self.ledger.stop)
+        self.ledger.give_up(reason)
+        return JudgeError(self.ledger.stop, about_text and self.ledger.stop == reason)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but no longer if another rank gives up meanwhile."""
@@ -173,14 +235,17 @@ class ChatClient:
             "cost": cost,
             "seconds": round(seconds, 3),
         }
-        if attempt.outcome == OK:
+        if attempt.fault is Fault.REFUSED:
+            row["refused"] = str(attempt)
+        if attempt.outcome == OK or attempt.fault is Fault.REFUSED:
             row["request"] = request
         self.ledger.add(row)
         self._counts.update(calls=1, failed=attempt.outcome != OK, cost=cost or 0.0)
-        if cost is None and attempt.reply is not None and self.config.max_cost is not None:
+        paid = attempt.outcome == OK or attempt.fault in (Fault.REPLY, Fault.DECLINED)
+        if paid and cost is None and self.config.max_cost is not None:
             raise self._give_up(
-                f"{self.endpoint} reports no tokens, so --client.max_cost cannot be enforced; use "
-                "--client.max_calls"
+                f"{self._name} reports no tokens ({attempt}), so --client.max_cost cannot be "
+                "enforced; use --client.max_calls"
             )
 
     async def _attempt(self, request: dict, form: Form) -> Attempt:
@@ -192,15 +257,15 @@ class ChatClient:
                     model=model, messages=messages, extra_body=body
                 )
         except openai.APIStatusError as error:
-            status = error.status_code
-            retry = status >= 500 or status in (408, 409, 425, 429)
-            final = None if retry else self.service.remedy(status, error.body, request)
-            return Attempt(f"HTTP {status}", retry_after=retry_after(error.response), final=final)
+            self._answered, response = True, error.response
+            status, text = response.status_code, response.text
+            return read_error(status, text, response.headers, request, self.service)
         except (TimeoutError, openai.APITimeoutError):
-            return Attempt("time-out")
-        except openai.APIConnectionError:
-            return Attempt("connection lost")
-        return read_reply(response.http_response.text, form)
+            return Attempt("time-out", fault=Fault.PASSING)
+        except openai.APIConnectionError as error:
+            return read_no_response(error, self.service)
+        self._answered = True
+        return read_reply(response.http_response.text, form, request, self.service)
 
     def stop(self, reason: str) -> None:
         """Ask no more, on any rank of this launch; requests in flight go on."""
@@ -217,97 +282,6 @@ class ChatClient:
         counts = {name: float(self._counts[name]) for name in ("calls", "failed", "cost")}
         self._counts.clear()
         return counts
-
-
-def read_reply(text: str, form: Form) -> Attempt:
-    """The attempt from the body of an HTTP 200 response."""
-    if not text.strip():
-        return Attempt("empty body")
-    try:
-        body = json.loads(text)
-        choice = body["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
-        reply, refusal = message.get("content"), message.get("refusal")
-        usage = body.get("usage") or {}
-        attempt = Attempt(
-            reply=reply if reply is None else str(reply),
-            served_model=body.get("model"),
-            tokens_in=usage.get("prompt_tokens"),
-            tokens_out=usage.get("completion_tokens"),
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return Attempt("not a chat completion", reply=text)
-    if refusal or finish == "content_filter":
-        return attempt._replace(outcome="refusal", reply=attempt.reply or str(refusal or ""))
-    if finish == "length":
-        return attempt._replace(outcome="cut at the token limit")
-    if finish != "stop":
-        return attempt._replace(outcome=f"finish reason {finish}")
-    if not (attempt.reply or "").strip():
-        return attempt._replace(outcome="empty reply")
-    try:
-        form.parse(attempt.reply)
-    except ValueError as reason:
-        return attempt._replace(outcome=str(reason))
-    return attempt
-
-
-def retry_after(response) -> float:
-    """Seconds to wait by a response's Retry-After header, which holds a number or a date; 0 without
-    one."""
-    header = response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return 0.0
-
-
-class Replay:
-    """Answers questions from judgements on file; a question that is not on file is an error."""
-
-    def __init__(self, path: Path, model: str = ""):
-        """`path`: a run's judge_cache.jsonl, or a file made by evaluation.judgements --export.
-        `model` is needed if the file has judgements of several models. Raises ValueError."""
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; --judge replay:FILE takes judgements on file")
-        self.path = path
-        self._replies: dict[tuple, dict[tuple, str]] = defaultdict(dict)
-        for row in read_attempts(path):
-            if row["outcome"] == OK and model in ("", row["model"]):
-                judge = (row["model"], row["endpoint"])
-                question = (question_key(row["request"]["messages"]), row["form"], row["draw"])
-                self._replies[judge].setdefault(question, row["reply"])
-        if len(self._replies) != 1:
-            models = ", ".join(sorted({name for name, _ in self._replies})) or "none"
-            raise ValueError(
-                f"{path}: judgements of one judge are needed, found {models}; say which by --judge "
-                "replay:FILE@MODEL"
-            )
-        [((self.model, self.endpoint), self._cached)] = self._replies.items()
-
-    async def ask(self, messages: Sequence[dict], form: Form, draw: int = 0) -> object:
-        question = (question_key(messages), form.name, draw)
-        if question not in self._cached:
-            raise JudgeError(
-                f"{self.path} has no {form.name} of {self.model} (draw {draw}) for the question "
-                f"that ends in {messages[-1]['content'][-80:]!r}; replay has only the judgements "
-                "on file, so use the same references and template as when they were made"
-            )
-        return form.parse(self._cached[question])
-
-    def stop(self, reason: str) -> None:
-        """As ChatClient.stop; no request is ever sent."""
-
-    def close(self) -> None:
-        """As ChatClient.close; there is nothing to write."""
-
-    def take_counts(self) -> dict[str, float]:
-        """As ChatClient.take_counts; no request is ever sent."""
-        return {"calls": 0.0, "failed": 0.0, "cost": 0.0}
 
 
 class Background:

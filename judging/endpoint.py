@@ -13,11 +13,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from storage.options import Count, NotNegative, Options, Positive, in_range
+from storage.options import Count, CountOrZero, NotNegative, Options, Positive, in_range
 
 
 class Form(NamedTuple):
@@ -37,7 +37,8 @@ class Endpoint(Options):
 
     base_url: str = ""
     """URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; empty: the judge's
-    from the table in endpoint.py, else OPENAI_BASE_URL, else OpenAI's."""
+    from the table in endpoint.py, else OPENAI_BASE_URL, else OpenAI's. config.json has the one that
+    is used."""
     temperature: in_range(float | None, "[0, inf)") = 0.1
     """Judge's sampling temperature (authors' configuration); None leaves it out, for models that
     refuse it."""
@@ -75,6 +76,10 @@ class ClientConfig(Options):
     """Maximum back-off in seconds (authors' configuration); a longer Retry-After is obeyed."""
     deadline: in_range(float, "(0, 3600]") = 1200.0
     """Maximum time in seconds from an answer's first attempt to its last; then the run stops."""
+    skip_refused: CountOrZero = 0
+    """Maximum number of questions to this judge that may stay without a judgement because it
+    refuses their text for good (content filter, refusal, too long); at one more the run stops. They
+    are counted over all launches."""
     max_cost: in_range(float | None, "[0, inf)") = None
     """Budget in US dollars over all launches, at which the run stops; requests in flight at that
     moment are still paid."""
@@ -103,11 +108,11 @@ JUDGES = {
     "gpt-5.4": JudgeDefaults(price_in=2.5, price_out=15.0),
     # This endpoint ignores response_format.
     "claude-sonnet-4-6": JudgeDefaults(
-        "https://api.anthropic.com/v1/", "ANTHROPIC_API_KEY", "text", {}, 3.0, 15.0
+        "https://api.anthropic.com/v1", "ANTHROPIC_API_KEY", "text", {}, 3.0, 15.0
     ),
     # Reasons by default, and its reasoning counts as output tokens.
     "gemini-3.1-flash-lite": JudgeDefaults(
-        "https://generativelanguage.googleapis.com/v1beta/openai/", "GEMINI_API_KEY", "schema",
+        "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY", "schema",
         {"reasoning_effort": "minimal"}, 0.25, 1.5,
     ),
 }  # fmt: skip
@@ -127,6 +132,25 @@ def prices(model: str, config: ClientConfig) -> tuple[float | None, float | None
     )
 
 
+def with_url(model: str, endpoint: Endpoint) -> Endpoint:
+    """The endpoint with its URL filled in and without a slash at its end. Raises ValueError for a
+    URL that cannot be used; the message does not quote it."""
+    given = endpoint.base_url or judge_defaults(model).base_url or os.environ.get("OPENAI_BASE_URL")
+    url = (given or "https://api.openai.com/v1").rstrip("/")
+    try:
+        parts = urlsplit(url)
+        plain = parts.hostname and not parts.query and "@" not in parts.netloc and parts.port != 0
+    except ValueError:  # brackets or port
+        parts, plain = None, False
+    if not plain or parts.scheme not in ("http", "https"):
+        raise ValueError(
+            f"judge {model}: --endpoint.base_url (or OPENAI_BASE_URL) must read "
+            "http(s)://HOST/PATH, without user, password or query; keys belong in the "
+            "environment variable that --client.key_variable names"
+        )
+    return replace(endpoint, base_url=url)
+
+
 class Service:
     """A judge's model at its endpoint: the model's defaults, overridden by the options."""
 
@@ -136,30 +160,14 @@ class Service:
         self.model, self.endpoint, self.config = model, endpoint, config
         self.output = defaults.output if endpoint.output == "auto" else endpoint.output
         self.key_variable = config.key_variable or defaults.key_variable
-        self.base_url = (
-            endpoint.base_url
-            or defaults.base_url
-            or os.environ.get("OPENAI_BASE_URL")
-            or "https://api.openai.com/v1"
-        )
+        self.base_url = with_url(model, endpoint).base_url
         self.price_in, self.price_out = prices(model, config)
-        self._check_url()
         self.key = self._read_key()
         self.request_parameters = {**defaults.request, **self._read_request()}
         if config.max_cost is not None and None in (self.price_in, self.price_out):
             raise ValueError(
                 f"judge {model}: its price is not known, so --client.max_cost cannot be enforced; "
                 "give --client.price_in and --client.price_out, or use --client.max_calls"
-            )
-
-    def _check_url(self) -> None:
-        url = urlsplit(self.base_url)
-        plain = url.hostname and not url.query and "@" not in url.netloc
-        if url.scheme not in ("http", "https") or not plain:
-            raise ValueError(
-                f"judge {self.model}: --endpoint.base_url (or OPENAI_BASE_URL) must read "
-                "http(s)://HOST/PATH, without user, password or query; keys belong in the "
-                "environment variable that --client.key_variable names"
             )
 
     def _read_key(self) -> str:
@@ -173,6 +181,11 @@ class Service:
                 f"judge {self.model} needs a key: set {self.key_variable} (any word for a local "
                 "server), or use --judge heuristic, an offline judge for trying out the code: "
                 "its scores say nothing about a real judge's"
+            )
+        if not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
+            raise ValueError(
+                f"judge {self.model}: {self.key_variable} holds a line break, white space around "
+                "the key, or a character that is not ASCII; set it again, to the key alone"
             )
         return key
 
@@ -208,30 +221,7 @@ class Service:
             return None
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
-    def remedy(self, status: int, error: object, request: dict) -> str:
-        """Error message with a remedy, for a request that fails again if it is retried. `error` is
-        the error from the response's body; for 401 and 403 it is not quoted, because it can contain
-        the key."""
-        where = f"judge {self.model} at {self.base_url}: HTTP {status}"
-        if status in (401, 403):
-            return f"{where}: key refused; put a valid one into {self.key_variable}"
-        error = error if isinstance(error, dict) else {}
-        message = str(error.get("message") or "request refused").replace(self.key, "[key]")[:400]
-        if status == 404:
-            return f"{where}: {message}; check --judge and --endpoint.base_url"
-        # The refused parameter: from the error's field "param", else the first that the error's
-        # message mentions.
-        refused = str(error.get("param") or "").split(".")[0]
-        if refused not in request:
-            mentioned = (p for p in request if p != "messages" and re.search(rf"\b{p}\b", message))
-            refused = next(mentioned, None)
-        field = {
-            "temperature": "--endpoint.temperature (None leaves it out)",
-            "response_format": "--endpoint.output (json, or text)",
-            "messages": "--sampling.max_tokens, or choose a judge with a longer context",
-            "model": "--judge",
-            self.endpoint.token_limit: "--endpoint.token_limit or --endpoint.max_tokens",
-        }.get(refused, f"--endpoint.request ('{{\"{refused}\": null}}' leaves it out)")
-        if refused:
-            return f"{where}: refuses the parameter {refused} ({message}); change {field}"
-        return f"{where}: {message}; check --judge and --endpoint.*"
+    def without_key(self, text: str) -> str:
+        """Text from the server, which may quote the key."""
+        whole = r"\b" if len(self.key) < 8 else ""  # a word for a local server
+        return re.sub(f"{whole}{re.escape(self.key)}{whole}", "[key]", text)

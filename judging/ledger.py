@@ -4,7 +4,8 @@ the cache of replies, the account of calls and cost, and the record of every jud
 A line has the attempt's outcome, "ok" or the reason of the failure, with the raw reply, tokens,
 cost and seconds. A successful attempt's line also has the full request, for the reader. Its key is
 the hash of everything that affects the reply; a valid reply is never requested again. API keys are
-never in the file.
+never in the file. The attempt that settles that the judge refuses a text for good has the field
+"refused" with the server's words, and the request too.
 
 A line {"stop": reason, "start": N} tells the other ranks of launch N that one has given up. If a
 kill cut the last line short, it is dropped with a warning (files.append_line); no other line is
@@ -14,7 +15,7 @@ ever dropped.
 import hashlib
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,12 +37,21 @@ def question_key(messages: Sequence[dict]) -> str:
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
 
 
+def _as_now(row: dict) -> dict:
+    """An attempt as it would be written now: older ledgers tell URL and URL/ apart."""
+    if str(row.get("endpoint")).endswith("/"):
+        row["endpoint"] = row["endpoint"].rstrip("/")
+        if "request" in row:
+            row["key"] = cache_key(row["endpoint"], row["request"], row.get("draw", 0))
+    return row
+
+
 def read_attempts(path: Path) -> Iterator[dict]:
     """The attempts in a ledger, or in a file that judgements.export wrote."""
     for _, _, row in read_lines(path, what="a judge record"):
         # Older exports have the kind "try".
         if row.get("kind", "attempt") in ("attempt", "try") and "stop" not in row:
-            yield row.get("content", row)
+            yield _as_now(row.get("content", row))
 
 
 class Ledger:
@@ -52,6 +62,9 @@ class Ledger:
         single process."""
         self.path, self.launch = path, launch or random.SystemRandom().getrandbits(48)
         self.replies: dict[str, str] = {}  # cache key -> raw valid reply, the first if several
+        # (model, endpoint) -> cache key of a question refused for good -> the judge's words; in the
+        # order of the file, which is the same on all ranks
+        self.refused: dict[tuple, dict[str, str]] = defaultdict(dict)
         self.calls = 0  # attempts of all ranks and all launches
         self.cost = 0.0  # in US dollars, of the attempts whose tokens were reported
         self._offset = self._number = 0  # bytes and lines read
@@ -72,8 +85,13 @@ class Ledger:
                 continue
             self.calls += 1
             self.cost += row["cost"] or 0.0
+            row = _as_now(row)
+            refused = self.refused[row.get("model"), row.get("endpoint")]
             if row["outcome"] == OK:
                 self.replies.setdefault(row["key"], row["reply"])
+                refused.pop(row["key"], None)
+            elif "refused" in row:
+                refused.setdefault(row["key"], row["refused"])
 
     def give_up(self, reason: str) -> None:
         """Tell all ranks of this launch to stop."""
@@ -107,12 +125,14 @@ def totals(attempts: Sequence[dict]) -> dict[str, object]:
     """Counts, tokens and US dollars of all attempts, and the seconds of successful ones."""
     successful = [a for a in attempts if a["outcome"] == OK]
     failed = Counter(a["outcome"] for a in attempts if a["outcome"] != OK)
-    judgements = len({a["key"] for a in successful})
+    judged = {a["key"] for a in successful}
+    judgements = len(judged)
     seconds = sorted(a["seconds"] for a in successful)
     return {
         "calls": len(attempts),
         "judgements": judgements,
         "paid_twice": len(successful) - judgements,
+        "refused": len({a["key"] for a in attempts if "refused" in a} - judged),
         "tokens_in": sum(a["tokens_in"] or 0 for a in attempts),
         "tokens_out": sum(a["tokens_out"] or 0 for a in attempts),
         "cost": sum(a["cost"] or 0.0 for a in attempts),
@@ -149,6 +169,8 @@ def render_totals(attempts: Sequence[dict]) -> str:
         if t["seconds"]:
             percentiles = ", ".join(f"{p} %: {s:.2f}" for p, s in t["seconds"].items())
             lines.append(f"seconds      {percentiles} of the successful calls took at most this")
+        if t["refused"]:
+            lines.append(f"refused      {t['refused']:,} questions, their texts for good")
         lines += [f"failed       {n:6,}  {reason}" for reason, n in t["failed"].items()]
         paragraphs.append("\n  ".join(lines))
     return "\n\n".join(paragraphs) or "no judgement on file (offline judges are not recorded)"

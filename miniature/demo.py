@@ -109,21 +109,10 @@ def evaluate(base: Path, see: RunFolder, rlcr: RunFolder, results: Path) -> None
         "--prompt_tokens", p.prompt_tokens, "--sampling.max_tokens", p.sampling.max_tokens,
         "--dtype", p.policy.dtype, "--sampler", p.sampler, "--sample_rows", 512,
     )  # fmt: skip
-    last = [f"base={base}", f"rlcr={rlcr.checkpoints()[-1]}", f"see={see.checkpoints()[-1]}"]
-    earlier = [
-        f"{method}_{checkpoint.name}={checkpoint}"
-        for method, run in (("see", see), ("rlcr", rlcr))
-        for checkpoint in run.checkpoints()[:-1]
-    ]
     command(
         "4 of 4, evaluation: every checkpoint on 512 test prompts (about a minute)",
-        "evaluate.py", "--models", *last, *earlier, *options, "--stages", "answers",
-        log=subprocess.DEVNULL,
-    )  # fmt: skip
-    command(
-        "the digits that the last checkpoints find most probable",
-        "evaluate.py", "--models", *last, *options, "--stages", "digits",
-        log=subprocess.DEVNULL,
+        "evaluate.py", "--models", f"base={base}", f"rlcr={rlcr}", f"see={see}", *options,
+        "--stages", "answers", "digits", log=subprocess.DEVNULL,
     )  # fmt: skip
 
 

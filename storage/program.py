@@ -6,6 +6,8 @@ folder is continued by the program that began it.
 """
 
 import hashlib
+import json
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -61,3 +63,27 @@ def check_same_program(folder: Folder) -> None:
             "launch is recorded with its own in env.json",
             stacklevel=2,
         )
+
+
+def source_id(launch: dict) -> str | None:
+    """A hash of all sources of a launch in env.json; None for older ones."""
+    if "sources" not in launch:
+        return None
+    return hashlib.blake2b(json.dumps(launch["sources"]).encode(), digest_size=5).hexdigest()
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """(commit, whether tracked files have uncommitted changes); None where git or a checkout is
+    missing."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return _git("rev-parse", "HEAD"), None if changes is None else bool(changes)
+
+
+def _git(*args: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

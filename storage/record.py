@@ -53,9 +53,15 @@ class Rollout:
 _TYPES = get_type_hints(Rollout)
 
 
-def answer_text(r: Rollout) -> str:
-    """The answer; of a malformed response the text before its first [SELF_EVAL]."""
-    return r.answer if r.answer is not None else r.text.partition(OPEN)[0].strip()
+def answer_text(r: Rollout, special: tuple[str, ...]) -> str:
+    """The answer; of a malformed response the text before its first [SELF_EVAL], without special
+    tokens at its end, such as that of the end of the text (`special`: prompts.special_tokens)."""
+    if r.answer is not None:
+        return r.answer
+    text = r.text.partition(OPEN)[0].strip()
+    while text.endswith(special):
+        text = next(text.removesuffix(s) for s in special if text.endswith(s)).rstrip()
+    return text
 
 
 def answer_id(r: Rollout) -> str:

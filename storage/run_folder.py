@@ -11,7 +11,8 @@ runs/NAME/                        RunFolder
     state/                        fp32 shards to resume from, and where.json
     wandb_id.txt                  the Weights & Biases run
 results/NAME/                     EvaluationFolder
-    models.json                   the models in the order of their first evaluation, base first
+    models.json                   the models in the order of their first evaluation, base first,
+                                  without a run's earlier checkpoints
     window.jsonl                  the base's self-scores for the training window's answers
     BENCHMARK/stronger.jsonl      judgements of a stronger model's answers
     BENCHMARK/MODEL/              CellFolder: config.json, env.json, judge_cache.jsonl and
@@ -196,6 +197,9 @@ class CellFolder(Folder):
     def summary(self) -> dict:
         return read_json(self.summary_file) if self.summary_file.exists() else {}
 
+    def add_to_summary(self, values: dict) -> None:
+        write_text(self.summary_file, json.dumps(self.summary() | values, indent=2))
+
     def answers(self) -> list[Rollout]:
         """The rollouts of the newest weights, one per sample, ordered by key and not by the time at
         which they finished."""
@@ -229,12 +233,16 @@ class EvaluationFolder:
     def cell(self, benchmark: str, model: str) -> CellFolder:
         return CellFolder(self.path / benchmark / model)
 
+    def models(self) -> list[str]:
+        """Those of models.json: not a run's earlier checkpoints, which only Figure 2 shows."""
+        return read_json(self.models_file, list) if self.models_file.exists() else []
+
     def cells(self) -> dict[tuple[str, str], CellFolder]:
         """Cells by (benchmark, model). Models are in the order of models.json, and benchmarks of a
         model by name."""
         if RunFolder(self.path).window_file.exists():
             return {}  # a run, whose checkpoints have a config.json too
-        order = read_json(self.models_file, list) if self.models_file.exists() else []
+        order = self.models()
 
         def sort_key(path: Path) -> tuple[int, Path]:
             return (order.index(path.name) if path.name in order else len(order)), path

@@ -3,9 +3,11 @@
 Run all tests: make test. One file: .venv/bin/python -m pytest tests/test_grpo.py
 """
 
+import hashlib
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -162,16 +164,35 @@ def make_parrot(path: Path, tokenizer) -> None:
 
 
 @pytest.fixture(scope="session")
-def parrot_folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("parrot")
-    make_parrot(path, tokenizer)
-    return path
+def parrot_folder(request, tmp_path_factory, tokenizer):
+    """Training it takes a while, so pytest's cache keeps it until a source of it changes."""
+    sources = [(ROOT / name).read_bytes() for name in ("tests/conftest.py", "prompts.py")]
+    recipe = hashlib.sha256(b"".join(sources) + torch.__version__.encode()).hexdigest()[:16]
+    kept = request.config.cache.mkdir("parrot") / recipe
+    if not kept.exists():
+        path = tmp_path_factory.mktemp("parrot")
+        make_parrot(path, tokenizer)
+        mine = kept.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copytree(path, mine)
+        if not kept.exists():  # another worker may have been faster
+            mine.rename(kept)
+    return Path(shutil.copytree(kept, tmp_path_factory.mktemp("parrot") / "model"))
 
 
 @pytest.fixture(scope="session")
 def prompt_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": r}) + "\n" for r in REQUESTS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference_file(tmp_path_factory):
+    """The same prompts in HelpSteer2's schema, each with one labelled response."""
+    path = tmp_path_factory.mktemp("data") / "helpsteer2.jsonl"
+    labels = dict.fromkeys(prompts.ATTRIBUTES, 3)
+    rows = [{"prompt": r, "response": f"Human: {r}", **labels} for r in REQUESTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

@@ -143,7 +143,7 @@ class FakeJudge:
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def completion(self, body: dict, reply: Reply) -> str:
         if reply.body is not None:

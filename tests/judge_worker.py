@@ -26,8 +26,9 @@ def main(folder: str, rank: str, ranks: str, answers: str, concurrency: str, tim
         scores = await judge.score(turns, f"Answer {k}.")
         append_line(Path(folder) / f"scores_{rank}.jsonl", {"answer": k, "scores": scores})
 
-    works = [one(k) for k in range(int(rank), int(answers), int(ranks))]
-    Background().submit(ask_all(works, f"rank {rank}")).result()
+    mine = range(int(rank), int(answers), int(ranks))
+    works, names = [one(k) for k in mine], [f"answer {k}" for k in mine]
+    Background().submit(ask_all(works, f"rank {rank}", names)).result()
     print(json.dumps(judge.client.take_counts()))
 
 

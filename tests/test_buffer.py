@@ -83,6 +83,17 @@ def test_limits_hold_and_nothing_is_left_that_could_be_drawn():
     assert all(per_prompt[ids[i]] == 4 for i in set(range(300)) - set(drawn))
 
 
+def test_cells_are_shuffled_on_each_pass():
+    """A row with equal scores is in five cells of one bin. So a pass over the 25 cells draws five
+    rows of each bin, and only the order of the cells says in which order the bins come."""
+    scores = [(bin * 2,) * 5 for bin in range(5) for _ in range(60)]
+    drawn = select_stratified(scores, [f"p{i}" for i in range(300)], 75, 4, seed=0)
+    bins = [scores[i][0] // 2 for i in drawn]
+    passes = [tuple(bins[k : k + 25]) for k in (0, 25, 50)]
+    assert all(Counter(order) == dict.fromkeys(range(5), 5) for order in passes)
+    assert len(set(passes)) == 3
+
+
 def test_selection_is_a_function_of_its_seed():
     scores = [(i % 10,) * 5 for i in range(100)]
     ids = [f"p{i % 30}" for i in range(100)]

@@ -4,36 +4,24 @@ tests/test_client.py"""
 import asyncio
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
+from asking import FAST, LOOP, TURNS, make, score
 from fake_judge import FAULTS, GOOD, Reply
 
-from judge import LLMJudge, make_judge
-from judging.client import Background, ChatClient, JudgeError, Replay, retry_after
+import cycle
+import evaluate
+from config import EVALUATION_MAY_CHANGE, CellConfig, Config
+from judge import make_judge, with_judge_url
+from judging.client import JudgeError
 from judging.endpoint import ClientConfig, Endpoint, Service, prices
-from judging.ledger import Ledger, read_attempts, totals
-
-TURNS = [{"role": "user", "content": "Why is the sky blue?"}]
-LOOP = Background()
-FAST = ClientConfig(backoff=0.01, backoff_max=0.02, attempts=4)
-
-
-def make(folder, config=FAST, concurrency=4, model="some-judge", endpoint=Endpoint(), start=None):  # noqa: B008
-    service = Service(model, endpoint, config)
-    return LLMJudge(ChatClient(service, concurrency, Ledger(folder / "ledger.jsonl", start)))
-
-
-def score(judge, *answers):
-    """Scores or JudgeErrors of all answers, asked for together."""
-
-    async def together():
-        works = [judge.score(TURNS, a) for a in answers]
-        return await asyncio.gather(*works, return_exceptions=True)
-
-    return LOOP.submit(together()).result()
+from judging.errors import retry_after
+from judging.ledger import cache_key, read_attempts, render_totals, totals
+from judging.replay import Replay
+from storage.logbook import check_same_config
 
 
 def lines(folder):
@@ -78,6 +66,7 @@ def test_the_table_knows_the_papers_judges(monkeypatch):
     )
     assert gpt.base_url == "http://localhost:1/v1" and gpt.key == "key of OPENAI_API_KEY"
     assert "anthropic.com" in claude.base_url and claude.key == "key of ANTHROPIC_API_KEY"
+    assert (gpt.output, claude.output, gemini.output) == ("schema", "text", "schema")
     assert "googleapis.com" in gemini.base_url and gemini.key == "key of GEMINI_API_KEY"
     # 1,000 tokens in at 2.5 a million and 100 out at 15.
     assert gpt.cost(1000, 100) == pytest.approx(0.0025 + 0.0015)
@@ -98,6 +87,7 @@ BAD = {
     "password": (Endpoint(base_url="https://u:sk-secret-1@x.org/v1"), FAST, "without user"),
     "query": (Endpoint(base_url="https://x.org/v1?key=sk-secret-1"), FAST, "without user"),
     "no url": (Endpoint(base_url="x.org/v1"), FAST, "http"),
+    "no port": (Endpoint(base_url="http://x.org:http/v1"), FAST, "http"),
     "not JSON": (Endpoint(request="temperature=1"), FAST, "--endpoint.request takes a JSON object"),
     "not ours": (Endpoint(request='{"stream": true}'), FAST, "without model"),
     "no price": (Endpoint(), replace(FAST, max_cost=5.0), "--client.price_in"),
@@ -149,49 +139,22 @@ def test_after_the_last_try_there_is_an_error_and_no_score(fake_judge, tmp_path)
     assert isinstance(score(make(tmp_path), "Scattering.")[0], tuple)  # a later start goes on
 
 
-REFUSED = {
-    400: ({"message": "Unsupported value: 'temperature'", "param": "temperature"},
-          "refuses the parameter temperature .*change --endpoint.temperature"),
-    422: ({"message": "response_format is not known here"},
-          "refuses the parameter response_format .*change --endpoint.output"),
-    404: ({"message": "no model some-judge"}, "no model some-judge; check --judge"),
-    401: ({"message": "Incorrect key: sk-secret-for-tests"}, "key refused.*OPENAI_API_KEY"),
-    403: ({"message": "sk-secret-for-tests may not"}, "key refused.*OPENAI_API_KEY"),
-}  # fmt: skip
+def test_a_key_that_is_a_word_is_taken_out_as_a_word(fake_judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "no")
+    service = Service("some-judge", Endpoint(), FAST)
+    assert service.without_key("no, not now: 'no'") == "[key], not now: '[key]'"
 
 
-@pytest.mark.parametrize("status", REFUSED)
-def test_what_no_retry_can_mend_is_asked_once_and_says_what_to_change(fake_judge, tmp_path, status):
-    body, said = REFUSED[status]
-    fake_judge.replies = [Reply(status=status, body=json.dumps({"error": body}))]
-    [error] = score(make(tmp_path), "Scattering.")
-    assert len(fake_judge.bodies) == 1
-    with pytest.raises(JudgeError, match=f"HTTP {status}: {said}"):
-        raise error
-    assert "sk-secret" not in str(error) + (tmp_path / "ledger.jsonl").read_text()
-
-
-def test_a_key_that_an_error_quotes_is_taken_out(fake_judge, tmp_path):
-    said = {"error": {"message": "bad request with sk-secret-for-tests in it"}}
-    fake_judge.replies = [Reply(status=400, body=json.dumps(said))]
-    [error] = score(make(tmp_path), "Scattering.")
-    assert "with [key] in it" in str(error)
-
-
-def test_retry_after_is_honoured_as_number_and_as_date(fake_judge, tmp_path):
-    fake_judge.replies = [Reply(status=429, headers={"retry-after": "0.5"})]
-    began = time.monotonic()
-    score(make(tmp_path), "Scattering.")
-    assert time.monotonic() - began >= 0.5  # the back-off alone is at most 0.01 s
-
-    class Response:
-        headers = {"retry-after": format_datetime(datetime.now(UTC) + timedelta(seconds=40))}
-
-    assert 35 < retry_after(Response) <= 40
-    Response.headers = {"retry-after": "soon"}
-    assert retry_after(Response) == 0
-    Response.headers = {}
-    assert retry_after(Response) == 0
+def test_retry_after_is_honoured_as_number_as_date_and_in_milliseconds(fake_judge, tmp_path):
+    for headers in ({"retry-after": "0.5"}, {"retry-after-ms": "500", "retry-after": "3000"}):
+        fake_judge.replies = [Reply(status=429, headers=headers)]
+        began = time.monotonic()
+        score(make(tmp_path), f"Scattering, {len(headers)}.")
+        assert time.monotonic() - began >= 0.5  # the back-off alone is at most 0.01 s
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=40))
+    assert 35 < retry_after({"retry-after": date}) <= 40
+    assert retry_after({"retry-after-ms": "soon", "retry-after": "7"}) == 7
+    assert retry_after({"retry-after": "soon"}) == retry_after({}) == 0
 
 
 def test_the_back_off_doubles_and_is_jittered(fake_judge, tmp_path, monkeypatch):
@@ -285,6 +248,62 @@ def test_dollars_cannot_be_counted_without_tokens(fake_judge, tmp_path):
     assert lines(tmp_path)[0]["outcome"] == "ok"  # paid for, so kept
 
 
+# ---------------------------------------------------------------------------------------- endpoint
+
+
+def test_a_run_keeps_its_endpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def config(url, given="", **changes):
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        return with_judge_url(
+            CellConfig(model="m", data="d", name="x", endpoint=Endpoint(given), **changes)
+        )
+
+    def go_on(c):
+        check_same_config(c.folder, c, EVALUATION_MAY_CHANGE)
+
+    first = config("http://a/v1/")
+    assert first.endpoint.base_url == "http://a/v1"
+    first.folder.path.mkdir(parents=True)
+    for recorded in ("http://a/v1", "http://a/v1/"):  # the second as older runs did
+        stored = asdict(first) | {"endpoint": asdict(Endpoint(recorded))}
+        first.folder.config_file.write_text(json.dumps(stored))
+        go_on(config("http://a/v1"))
+        go_on(config("http://b/v1", given="http://a/v1/"))
+        with pytest.raises(ValueError, match="whose judge is at http://a/v1, not at http://b/v1; "):
+            go_on(config("http://b/v1"))
+        with pytest.raises(ValueError, match="differs in endpoint.base_url, judge"):
+            go_on(config("http://b/v1", judge="another"))
+    # An older run with a URL from the environment, which it did not record; an offline judge.
+    first.folder.config_file.write_text(
+        json.dumps(asdict(first) | {"endpoint": asdict(Endpoint())})
+    )
+    go_on(config("http://b/v1"))
+    assert config("http://b/v1", judge="heuristic").endpoint == Endpoint()
+    assert config("http://b/v1", judge="replay:f@m").endpoint == Endpoint()
+    with pytest.raises(ValueError, match="without user") as caught:
+        config("http://user:sk-secret@a/v1")
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_both_commands_keep_the_url_that_they_begin_with(monkeypatch):
+    """Each is shown to fill it in before it looks at the folder."""
+
+    def look(config, *_):
+        raise ValueError(f"at {config.endpoint.base_url}")
+
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://b/v1/")
+    monkeypatch.setattr(cycle, "prepare", look)
+    monkeypatch.setattr(evaluate, "prepare", look)
+    with pytest.raises(SystemExit, match="error: at http://b/v1$"):
+        cycle.main(Config(judge="another", sampler="transformers"))
+    arguments = "evaluate --models m --benchmarks b --name x --judge another --sampler transformers"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    with pytest.raises(SystemExit, match="error: at http://b/v1$"):
+        evaluate.main()
+
+
 # ------------------------------------------------------------------------------------------- cache
 
 
@@ -309,7 +328,9 @@ def test_the_key_is_everything_that_decides_the_reply(fake_judge, tmp_path):
         make(tmp_path, endpoint=Endpoint(temperature=0.2)),
         make(tmp_path, endpoint=Endpoint(max_tokens=99)),
         make(tmp_path, endpoint=Endpoint(output="json")),
-        make(tmp_path, endpoint=Endpoint(base_url=fake_judge.url + "/")),
+        make(
+            tmp_path, endpoint=Endpoint(base_url=fake_judge.url.replace("127.0.0.1", "localhost"))
+        ),
     ]
     for judge in [base, *others]:
         score(judge, "Same.")
@@ -317,23 +338,21 @@ def test_the_key_is_everything_that_decides_the_reply(fake_judge, tmp_path):
     LOOP.submit(base.score(TURNS, "Same.", references=[("Ref.", (1, 2, 3, 4, 5))])).result()
     assert len(fake_judge.bodies) == 8
     assert len({row["key"] for row in lines(tmp_path)}) == 8
-    # What does not decide it: patience, concurrency.
+    # What does not decide it: patience, concurrency, a slash at the URL's end.
     score(make(tmp_path, replace(FAST, attempts=9, timeout=5.0), concurrency=1), "Same.")
+    score(make(tmp_path, endpoint=Endpoint(base_url=fake_judge.url + "/")), "Same.")
     assert len(fake_judge.bodies) == 8
 
 
-def test_replay_answers_from_a_file_or_not_at_all(fake_judge, tmp_path):
-    first = score(make(tmp_path), "Same.", "Other.")
-    asked = len(fake_judge.bodies)
-    path = tmp_path / "ledger.jsonl"
-    replayed = LLMJudge(Replay(path))
-    assert score(replayed, "Same.", "Other.") == first and replayed.name == "some-judge"
-    [error] = score(replayed, "New.")
-    assert isinstance(error, JudgeError) and "has no scores of some-judge" in str(error)
-    assert len(fake_judge.bodies) == asked
-    score(make(tmp_path, model="another"), "Same.")
-    with pytest.raises(ValueError, match="another, some-judge; say which"):
-        Replay(path)
-    assert score(LLMJudge(Replay(path, "some-judge")), "Same.") == first[:1]
-    with pytest.raises(ValueError, match="no such file"):
-        Replay(tmp_path / "none.jsonl")
+def test_an_older_ledger_whose_url_ends_in_a_slash_is_still_paid_for(fake_judge, tmp_path):
+    first = score(make(tmp_path), "Same.")
+    [row] = lines(tmp_path)
+    assert row["key"] == cache_key(fake_judge.url, row["request"], 0)
+    older = fake_judge.url + "/"
+    row |= {"endpoint": older, "key": cache_key(older, row["request"], 0)}
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(row) + "\n")
+    assert score(make(tmp_path), "Same.") == first and len(fake_judge.bodies) == 1
+    score(make(tmp_path), "Other.")
+    tries = list(read_attempts(tmp_path / "ledger.jsonl"))
+    assert render_totals(tries).count(" at http") == 1 and totals(tries)["judgements"] == 2
+    assert Replay(tmp_path / "ledger.jsonl").endpoint == fake_judge.url

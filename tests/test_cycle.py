@@ -304,17 +304,23 @@ def test_a_run_goes_on_with_other_ranks_and_smaller_micro_batches(
 
 
 def test_a_run_can_be_repeated_from_its_judgements_alone(
-    tmp_path, parrot_folder, prompt_file, fake_judge
+    tmp_path, parrot_folder, reference_file, fake_judge
 ):
     first, again = tmp_path / "first", tmp_path / "again"
     first.mkdir()
     again.mkdir()
-    finish(start_ranks(2, small_args(parrot_folder, prompt_file, judge="fake"), first))
+    finish(start_ranks(2, small_args(parrot_folder, reference_file, judge="fake"), first))
     asked = len(fake_judge.bodies)
+    for body in fake_judge.bodies:  # App. B.3: with the prompt's own reference responses
+        shown = body["messages"][1]["content"]
+        request = re.search(r"\[User\]\n(.*)", shown)[1]
+        assert f"--- Reference Response 1 ---\nHuman: {request}\n" in shown
     ledger = first / "runs" / "tiny" / "judge_cache.jsonl"
     line = next(m for m in RunFolder(ledger.parent).metrics() if m["phase"] == "rl")
     assert line["judge"]["calls"] > 0 == line["judge"]["failed"]
-    finish(start_ranks(2, small_args(parrot_folder, prompt_file, judge=f"replay:{ledger}"), again))
+    finish(
+        start_ranks(2, small_args(parrot_folder, reference_file, judge=f"replay:{ledger}"), again)
+    )
     assert weights(again / "runs" / "tiny") == weights(first / "runs" / "tiny")
     assert len(fake_judge.bodies) == asked and asked > 0
 

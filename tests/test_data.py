@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from storage.data import DataError, load_answers, load_prompts
+from storage.answers import load_answers
+from storage.data import DataError, Prompt, load_prompts
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -125,23 +126,90 @@ def test_bad_files_are_named_with_their_line(tmp_path, rows, says):
         load_prompts(write(tmp_path / "x.jsonl", *rows))
 
 
-def test_another_models_answers(tmp_path):
-    known = load_prompts(write(
-        tmp_path / "x.jsonl", {"prompt": "One?", "id": 1}, {"prompt": "Two?"}, {"prompt": "Three?"}
-    ))  # fmt: skip
-    one, two, _ = (p.id for p in known)
+HELPSTEER2 = [
+    {"role": "user", "content": "Eggs."}, {"role": "assistant", "content": "Fried?"},
+    {"role": "user", "content": "Yes."},
+]  # fmt: skip
+
+
+def said(answer, *turns):
+    return [*turns, {"role": "assistant", "content": answer}]
+
+
+# Rows of real files in their own form; each answers one of the prompts below with "A.".
+FORMS = {
+    "AlpacaEval": {"instruction": "Two?", "output": "A.", "generator": "g"},
+    "white space": {"instruction": " Two?\n", "output": " A.\n"},
+    "more white space": {"instruction": "Caf\u00e9  au\nlait? ", "output": "A."},
+    "Unicode form": {"instruction": "Cafe\u0301 au lait?", "output": "A."},
+    "Arena-Hard v2.0": {
+        "uid": "u1", "ans_id": "x", "model": "m",
+        "messages": said({"answer": "A."}, {"role": "user", "content": "Fix it."}),
+    },
+    "Arena-Hard v0.1": {
+        "question_id": "u1", "answer_id": "x", "model_id": "m",
+        "choices": [{"index": 0, "turns": [{"content": "A.", "token_len": 2}]}],
+    },
+    "messages without id": {"messages": said("A.", {"role": "user", "content": "Two?"})},
+    "WildBench": {"session_id": "s1", "chat_history": ["Hi."], "output": ["A."], "generator": "g"},
+    "WildBench's turns": {"conversation_input": HELPSTEER2, "output": ["A."]},
+    "HelpSteer2": {
+        "prompt": "Eggs.\n<extra_id_1>Assistant\nFried?\n<extra_id_1>User\nYes.", "response": "A."
+    },
+    "a conversation": {"conversation": said("A.", *HELPSTEER2)},
+    "id": {"id": 1, "answer": "A."},
+}  # fmt: skip
+
+
+@pytest.fixture
+def known():
+    """Six prompts; the first one's id is "1"."""
+    texts = {"1": "One?", "two": "Two?", "cafe": "Caf\u00e9 au lait?", "u1": "Fix it.", "s1": "Hi."}
+    single = [Prompt(i, ({"role": "user", "content": text},)) for i, text in texts.items()]
+    return [*single, Prompt("eggs", tuple(HELPSTEER2))]
+
+
+@pytest.mark.parametrize(("form", "prompt"), list(zip(
+    FORMS, ("two", "two", "cafe", "cafe", "u1", "u1", "two", "s1", "eggs", "eggs", "eggs", "1"),
+    strict=True,
+)))  # fmt: skip
+def test_another_models_answers_in_every_form(tmp_path, known, form, prompt):
+    file = write(tmp_path / "gold.jsonl", FORMS[form])
+    assert load_answers(file, known) == ({prompt: "A."}, 5, 0, 0, 0)
+    (tmp_path / "list.json").write_text(json.dumps([FORMS[form]]))
+    assert load_answers(tmp_path / "list.json", known).texts == {prompt: "A."}
+
+
+def test_answers_are_counted_and_none_vanishes(tmp_path, known):
     file = write(
-        tmp_path / "gold.jsonl", {"id": 1, "answer": " a "}, {"instruction": "Two?", "output": "b"},
-        {"instruction": "Three?", "output": " "}, {"prompt": "Another?", "answer": "c"},
+        tmp_path / "gold.jsonl", {"instruction": "Two?", "output": " "},
+        {"uid": "u1", "output": "Fixed."}, {"instruction": "Two?", "output": "Later."},
+        {"instruction": "Another?", "output": "c"}, {"id": "1", "prompt": "Else?", "answer": "d"},
     )  # fmt: skip
-    assert load_answers(file, known) == {one: "a", two: "b"}
-    listed = tmp_path / "list.json"
-    listed.write_text(json.dumps([{"instruction": "Two?", "output": "b", "generator": "g"}]))
-    assert load_answers(listed, known) == {two: "b"}
-    with pytest.raises(DataError, match="gold.jsonl:2: no text in a field answer or output"):
-        load_answers(write(file, {"id": 1, "answer": "a"}, {"id": 1, "answer": 3}), known)
-    with pytest.raises(DataError, match="no row answers one of the 3 prompts"):
-        load_answers(write(file, {"prompt": "Another?", "answer": "c"}), known)
+    found = load_answers(file, known)
+    # Empty, and an answer; the later one does not count; the last row's id is another file's.
+    assert found.texts == {"two": "", "u1": "Fixed."}
+    assert found.counts() == {
+        "answers": 2, "missing": 4, "empty": 1, "repeated": 1, "unmatched": 2
+    }  # fmt: skip
+    assert "answers to 2 of 6 prompts, 1 of them empty; 4 prompts lack one" in str(found)
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"id": 1, "answer": 3}, "gold.jsonl:2: no text in a field answer, output"),
+    ({"id": 1, "output": []}, "gold.jsonl:2: no text in"),
+    ({"uid": "u1", "messages": HELPSTEER2}, "gold.jsonl:2: no text in"),
+    ({"uid": "u1", "choices": ["A."]}, "gold.jsonl:2: no text in"),
+])  # fmt: skip
+def test_rows_without_an_answer_are_named(tmp_path, known, row, says):
+    with pytest.raises(DataError, match=says):
+        load_answers(write(tmp_path / "gold.jsonl", FORMS["id"], row), known)
+
+
+def test_files_without_answers_are_named(tmp_path, known):
+    file = write(tmp_path / "gold.jsonl", {"prompt": "Another?", "answer": "c"})
+    with pytest.raises(DataError, match="no row answers one of the 6 prompts"):
+        load_answers(file, known)
     with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
         load_answers(tmp_path / "nowhere.jsonl", known)
 

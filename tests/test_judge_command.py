@@ -10,11 +10,12 @@ import pytest
 from conftest import ROOT, make_rollout
 
 import reward
-from config import CellConfig
+from config import CellConfig, Config
 from evaluation import judgements, metrics
-from evaluation.judgements import Command, load_sources, run
+from evaluation.judgements import Command, as_before, load_sources, run
 from evaluation.metrics import ATTRIBUTES
 from judging.client import JudgeError
+from judging.endpoint import Endpoint
 from storage.data import load_prompts
 from storage.files import write_text
 from storage.record import append_rollout
@@ -58,6 +59,16 @@ def test_what_is_on_file_is_shown(folder):
     assert "no judgement on file" in said
 
 
+def test_the_sources_own_judge_is_asked_where_it_was_asked(folder):
+    config = load_sources(folder("a"))[0].config
+    config["endpoint"] |= {"base_url": "http://127.0.0.1:1/v1", "temperature": 0.7}
+    same = as_before(command("a", endpoint=Endpoint(max_tokens=9)), config)
+    expected = Endpoint("http://127.0.0.1:1/v1", temperature=0.7, max_tokens=9)
+    assert (same.judge, same.endpoint) == ("some-judge", expected)
+    other = command("a", judge="another")
+    assert as_before(other, config) == other
+
+
 def test_all_cells_of_an_evaluation(folder, tmp_path):
     cell = folder("x/one/a")
     folder("x/two/a")
@@ -67,6 +78,35 @@ def test_all_cells_of_an_evaluation(folder, tmp_path):
     with pytest.raises(ValueError, match="new judgements need one folder"):
         run(command(whole, judge="another"))
     assert run(command(cell)) in run(command(whole))
+
+
+def test_a_run_with_checkpoints_is_one_source(fake_judge, folder, tmp_path, tokenizer):
+    """Each checkpoint has a config.json too, the model's; export leaves nothing out."""
+    config = folder("x/one/a") / "config.json"
+    data = json.loads(config.read_text())["data"]
+    path = tmp_path / "runs" / "r"
+    (path / "rollouts").mkdir(parents=True)
+    write_text(path / "config.json", json.dumps(dataclasses.asdict(Config(data=data))))
+    write_text(path / "window.json", "[]")
+    prompt = load_prompts(data)[0].id
+    for cycle in (1, 2):
+        (path / "checkpoints" / f"cycle_{cycle:02d}").mkdir(parents=True)
+        write_text(path / "checkpoints" / f"cycle_{cycle:02d}" / "config.json", "{}")
+        for k in range(2):
+            r = make_rollout(tokenizer, f"Said {cycle}{k}.", sample=k, prompt=prompt)
+            r = dataclasses.replace(r, cycle=cycle)
+            append_rollout(path / "rollouts" / f"cycle_{cycle:02d}.jsonl", r)
+    assert "4 well-formed answers" in run(command(path, judge="another"))
+    file = tmp_path / "all.jsonl"
+    said = run(command(path, tmp_path / "results" / "x", export=file))
+    # The run's four answers, and the cell's four, one of them malformed.
+    assert said == (
+        f"{file}: 2 source(s) with 8 answers, 7 of them with scores; 4 judgements on file from "
+        "4 calls"
+    )
+    one, two = load_sources(file)
+    assert [(r.cycle, r.sample) for r in one.rollouts] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len(one.attempts) == 4 and len(two.rollouts) == 4
 
 
 def test_another_judge_its_agreement_and_its_ceiling(fake_judge, folder):
@@ -123,7 +163,7 @@ def test_export_rebuilds_the_figures_and_replays_the_judge(fake_judge, folder, t
     first = run(command(one, judge="another"))
     run(command(two, judge="another"))
     file = tmp_path / "all.jsonl"
-    assert "2 source(s)" in run(command(one, two, export=file))
+    assert "2 source(s) with 8 answers, 6 of them" in run(command(one, two, export=file))
     assert run(command(file)) == run(command(one, two))
     assert [s.rollouts for s in load_sources(file)] == [
         s.rollouts for p in (one, two) for s in load_sources(p)
@@ -161,13 +201,24 @@ MISTAKES = {
     "a wrong file": (["data.jsonl"], {}, "data.jsonl:1: not a line of an export"),
     "other data": (["results/a"], {"data": "other.jsonl", "judge": "x"}, "not in the prompt file"),
     "no labels": (["results/a"], {"data": "other.jsonl", "human": True}, "no human labels"),
+    "other data, pairs": (
+        ["results/a"], {"data": "other.jsonl", "against": Path("results/a")},
+        "not in the prompt file",
+    ),
+    "against many": (
+        ["results/a"], {"against": Path("results/x")},
+        "results/x: one model's answers are needed; name one of results/x/one/b, results/x/two/b",
+    ),
+    "against none": (["results/a"], {"against": Path("results/c")}, "no prompt that both answered"),
     "no key": (["results/a"], {"judge": "claude-sonnet-4-6"}, "set ANTHROPIC_API_KEY"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_sentence(fake_judge, folder, tmp_path, monkeypatch, case):
-    folder("a")
+    for name in ("a", "c", "x/one/b", "x/two/b"):
+        folder(name)
+    (tmp_path / "results" / "c" / "rollouts.jsonl").unlink()
     monkeypatch.chdir(tmp_path)
     Path("other.jsonl").write_text('{"prompt": "Hello?"}\n')
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
@@ -195,5 +246,5 @@ def test_agreement_and_win_rate_by_hand():
     found = [(1, 1, 1), (-1, -1, -1), (0, 0, 0), (0, 1, -1)]
     rates = metrics.win_rate(list("abcd"), found)
     assert {k: e.mean for k, e in rates.items()} == {
-        "win-rate": 0.5, "ties": 0.5, "order_bias": 0.25, "disagreement": 0.25
+        "win-rate": 0.5, "first_order": 0.625, "ties": 0.5, "order_bias": 0.25, "disagreement": 0.25
     }  # fmt: skip

@@ -1,10 +1,18 @@
 """The block, the templates, the score tokens: .venv/bin/python -m pytest tests/test_prompts.py"""
 
+import random
+
 import pytest
 from conftest import make_tokenizer
 
 import prompts
-from prompts import parse_self_eval, render_response, render_self_eval, score_positions
+from prompts import (
+    parse_self_eval,
+    render_response,
+    render_self_eval,
+    score_positions,
+    why_malformed,
+)
 
 BLOCK = (
     '[SELF_EVAL]\n{"helpfulness": 8, "correctness": 7, "coherence": 6, "complexity": 1, '
@@ -37,40 +45,68 @@ def test_well_formed(text):
     assert parse_self_eval(text) == ("An answer.", (8, 7, 6, 1, 0))
 
 
-MALFORMED = {
-    "no block": "An answer.",
-    "empty answer": BLOCK,
-    "white answer": " \n" + BLOCK,
-    "text after": f"A. {BLOCK} and more",
-    "two blocks": f"A. {BLOCK}\n{BLOCK}",
-    "second open tag": "A [SELF_EVAL] b. " + BLOCK,
-    "second close tag": "A [/SELF_EVAL] b. " + BLOCK,
-    "lower-case tags": "A. " + BLOCK.replace("SELF_EVAL", "self_eval"),
-    "no close tag": "A. " + BLOCK.removesuffix("[/SELF_EVAL]"),
-    "leading zero": "A. " + BLOCK.replace("8", "08"),
-    "two digits": "A. " + BLOCK.replace("8", "10"),
-    "float": "A. " + BLOCK.replace("8", "8.0"),
-    "minus zero": "A. " + BLOCK.replace(": 0", ": -0"),
-    "true": "A. " + BLOCK.replace("8", "true"),
-    "string": "A. " + BLOCK.replace("8", '"8"'),
-    "null": "A. " + BLOCK.replace("8", "null"),
-    "other digit": "A. " + BLOCK.replace("8", "٨"),  # ARABIC-INDIC DIGIT EIGHT
-    "missing key": "A. " + BLOCK.replace(', "verbosity": 0', ""),
-    "extra key": "A. " + BLOCK.replace("}", ', "style": 3}'),
-    "duplicate key": "A. " + BLOCK.replace("{", '{"helpfulness": 8, '),
-    "other order": "A. " + BLOCK.replace("helpfulness", "x").replace("correctness", "helpfulness")
-    .replace('"x"', '"correctness"'),
-    "capital key": "A. " + BLOCK.replace("helpfulness", "Helpfulness"),
-    "single quotes": "A. " + BLOCK.replace('"', "'"),
-    "trailing comma": "A. " + BLOCK.replace("0}", "0,}"),
-    "no-break space": "A. " + BLOCK.replace(": 8", ":\u00a08"),
-    "fenced": "A. " + BLOCK.replace("[SELF_EVAL]\n", "[SELF_EVAL]\n```json\n"),
+MALFORMED = {  # name -> (text, the reason that is given)
+    "no block": ("An answer.", "no [SELF_EVAL]"),
+    "empty answer": (BLOCK, "no answer before the block"),
+    "white answer": (" \n" + BLOCK, "no answer before the block"),
+    "text after": (f"A. {BLOCK} and more", "text after the block"),
+    "two blocks": (f"A. {BLOCK}\n{BLOCK}", "more than one [SELF_EVAL]"),
+    "second open tag": ("A [SELF_EVAL] b. " + BLOCK, "more than one [SELF_EVAL]"),
+    "second close tag": ("A [/SELF_EVAL] b. " + BLOCK, "more than one [/SELF_EVAL]"),
+    "tags the other way round": ("A [/SELF_EVAL] b [SELF_EVAL]", "[/SELF_EVAL] before [SELF_EVAL]"),
+    "lower-case tags": ("A. " + BLOCK.replace("SELF_EVAL", "self_eval"), "no [SELF_EVAL]"),
+    "no close tag": ("A. " + BLOCK.removesuffix("[/SELF_EVAL]"), "no [/SELF_EVAL]"),
+    "leading zero": ("A. " + BLOCK.replace("8", "08"), "helpfulness is '08', not one digit 0-9"),
+    "two digits": ("A. " + BLOCK.replace("1", "10"), "complexity is '10', not one digit 0-9"),
+    "float": ("A. " + BLOCK.replace("8", "8.0"), "helpfulness is '8.0', not one digit 0-9"),
+    "minus zero": ("A. " + BLOCK.replace(": 0", ": -0"), "verbosity is '-0', not one digit 0-9"),
+    "true": ("A. " + BLOCK.replace("8", "true"), "helpfulness is 'true', not one digit 0-9"),
+    "string": ("A. " + BLOCK.replace("8", '"8"'), "helpfulness is '\"8\"', not one digit 0-9"),
+    "null": ("A. " + BLOCK.replace("8", "null"), "helpfulness is 'null', not one digit 0-9"),
+    "no value": ("A. " + BLOCK.replace(" 8", ""), "helpfulness is '', not one digit 0-9"),
+    "other digit": ("A. " + BLOCK.replace("8", "٨"),  # ARABIC-INDIC DIGIT EIGHT
+                    "helpfulness is '٨', not one digit 0-9"),
+    "missing key": ("A. " + BLOCK.replace(', "verbosity": 0', ""), "the block lacks verbosity"),
+    "extra key": ("A. " + BLOCK.replace("}", ', "style": 3}'), "the block has another key, style"),
+    "duplicate key": ("A. " + BLOCK.replace("{", '{"helpfulness": 8, '),
+                      "the block's keys are not the five in their order, each once"),
+    "other order": ("A. " + BLOCK.replace("helpfulness", "x").replace("correctness", "helpfulness")
+                    .replace('"x"', '"correctness"'),
+                    "the block's keys are not the five in their order, each once"),
+    "escaped key": ("A. " + BLOCK.replace("helpf", "\\u0068elpf"),
+                    "the block's keys are not the five in their order, each once"),
+    "capital key": ("A. " + BLOCK.replace("helpf", "Helpf"), "the block lacks helpfulness"),
+    "single quotes": ("A. " + BLOCK.replace('"', "'"), "the block holds no JSON object"),
+    "trailing comma": ("A. " + BLOCK.replace("0}", "0,}"), "the block holds no JSON object"),
+    "no-break space": ("A. " + BLOCK.replace(": 8", ":\u00a08"),
+                       "helpfulness is '\\xa08', not one digit 0-9"),
+    "fenced": ("A. " + BLOCK.replace("[SELF_EVAL]\n", "[SELF_EVAL]\n```json\n"),
+               "the block holds no JSON object"),
+    "a list": ("A. [SELF_EVAL][8, 7, 6, 1, 0][/SELF_EVAL]", "the block holds no JSON object"),
+    "deep": (f"A. [SELF_EVAL]{'[' * 9999}[/SELF_EVAL]", "the block holds no JSON object"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED)
-def test_malformed(text):
+@pytest.mark.parametrize(("text", "reason"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed(text, reason):
     assert parse_self_eval(text) is None
+    assert why_malformed(text) == reason
+
+
+def test_a_reason_is_given_for_exactly_the_malformed():
+    """Over responses with a few random edits; both kinds occur."""
+    rng = random.Random(0)
+    pieces = [*"0189{}[],:\"' \n\t\u00a0\x1f", "[SELF_EVAL]", "[/SELF_EVAL]", "coherence", ""]
+    found = {True: 0, False: 0}
+    for _ in range(4000):
+        text = f"A.\n\n{BLOCK}\n"
+        for _ in range(rng.choice((1, 1, 2))):
+            start = rng.randrange(len(text) + 1)
+            text = text[:start] + rng.choice(pieces) + text[start + rng.choice((0, 0, 0, 1, 30)) :]
+        malformed = parse_self_eval(text) is None
+        assert (why_malformed(text) is not None) == malformed, text
+        found[malformed] += 1
+    assert min(found.values()) > 200
 
 
 @pytest.mark.parametrize(
@@ -143,8 +179,10 @@ def test_few_shot_sets(name):
         assert parse_self_eval(render_response(e.answer, e.scores)) == (e.answer, e.scores)
         shown = prompts.policy_prompt([{"role": "user", "content": "x"}], "paper", name)
         assert e.request in shown and e.answer in shown
-    if name == "paper-like":  # the authors': 8/8/8 with complexity and verbosity 0-2
-        assert all(e.scores[:3] == (8, 8, 8) and max(e.scores[3:]) <= 2 for e in examples)
+    if name == "paper-like":  # the authors', in their order
+        assert ["".join(map(str, e.scores)) for e in examples] == [
+            "88800", "88822", "88820", "88822", "88822", "88822"
+        ]  # fmt: skip
     else:
         for a in range(3):
             assert (

@@ -204,6 +204,25 @@ def test_an_answer_that_the_judge_refuses_has_no_reward_and_is_in_no_mean(tokeni
     assert rollout_means([refused], group_size=2)["reward"] is None
 
 
+def test_an_error_about_an_answer_names_it(tokenizer, tmp_path):
+    def stops_at_bad(about_text):
+        def scores(answer):
+            if answer == "Bad.":
+                raise JudgeError("refused for good", about_text)
+            return JUDGED
+
+        return FakeJudge(scores)
+
+    texts = dict.fromkeys(KEYS, GOOD) | {("p1", 1): prompts.render_response("Bad.", (1,) * 5)}
+    for about_text, says in (
+        (True, "^prompt p1, sample 1: refused"),
+        (False, "^refused for good$"),
+    ):
+        collector = make(tokenizer, FakeSampler(tokenizer, texts), stops_at_bad(about_text))
+        with pytest.raises(JudgeError, match=says):
+            collect(collector, 1, 1, PROMPTS, {}, tmp_path / f"{about_text}.jsonl", "c1s0")
+
+
 def test_shared_digits_are_rewarded_and_kept_out_of_the_buffer(tokenizer):
     rollout = make_rollout(tokenizer, score_positions=None)
     assert not in_buffer(rollout) and rollout_means([rollout], group_size=2)["shared_digits"] == 1

@@ -196,8 +196,8 @@ def test_the_demo_from_checkpoints_to_table_and_figure(tmp_path, monkeypatch, ca
     calls = [c.judge_calls for c in see_costs]
     assert 0 < calls[0] <= 16 * 8 and calls[0] < calls[1]
     cells = EvaluationFolder(results).cells()
-    assert [model for _, model in cells] == ["base", "rlcr", "see", "see_cycle_01",
-                                             "rlcr_cycle_01_step_00001"]  # fmt: skip
+    assert [model for _, model in cells] == ["base", "rlcr", "see", "rlcr_cycle_01_step_00001",
+                                             "see_cycle_01"]  # fmt: skip
     assert all(len(cell.answers()) == 20 for cell in cells.values())
     assert (out / "figure2.png").stat().st_size > 20_000
 
