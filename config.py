@@ -118,6 +118,9 @@ class Config(CommonConfig):
     dry_run: bool = False
     """Print the plan of the run and stop before the model is loaded: window, batches, schedule,
     memory, judge calls and cost, files."""
+    self_check: bool = False
+    """Check this machine with a small random model, print one page and stop (self_check.py). Needs
+    no model, data or judge."""
     show_batch: bool = False
     """Print the first row of each phase with its loss mask in colour. The output contains a prompt
     and an answer of the run."""
@@ -283,6 +286,13 @@ class EvaluationConfig(EvaluationSettings):
     stronger: tuple[str, ...] = ()
     """BENCHMARK=FILE each: a stronger model's answers (see storage/answers.py), judged
     once; the report routes a share of the prompts to this model (Sec. 5)."""
+    primary: tuple[str, ...] = ()
+    """BENCHMARK MODEL of the primary endpoint: calibration against three predictors that know less;
+    none: the first benchmark and the last model. What is declared first stands; another choice
+    later is shown as a second look."""
+    margin: in_range(float, "(0, 1)") = 0.02
+    """Loss of quality against the reference that still counts as none (non-inferiority); what is
+    declared first stands."""
     stages: tuple[Literal[STAGES], ...] = STAGES
     """Stages to run; their order is fixed."""
     dry_run: bool = False
@@ -308,6 +318,20 @@ class EvaluationConfig(EvaluationSettings):
 
     def _models(self) -> dict[str, str]:
         return _named("models", self.models)
+
+    def named_benchmarks(self) -> list[str]:
+        return list(_named("benchmarks", self.benchmarks))
+
+    def primary_endpoint(self) -> tuple[str, str]:
+        """(benchmark, model). Raises ValueError if one of them is not evaluated."""
+        benchmarks, models = self.named_benchmarks(), list(self._models())
+        chosen = self.primary or (benchmarks[0], models[-1])
+        if len(chosen) != 2 or chosen[0] not in benchmarks or chosen[1] not in models:
+            raise ValueError(
+                f"--primary {' '.join(chosen)}: say one of the benchmarks {', '.join(benchmarks)} "
+                f"and one of the models {', '.join(models)}"
+            )
+        return chosen[0], chosen[1]
 
     def cells(self) -> dict[tuple[str, str], CellConfig]:
         """Cells by (model, benchmark), the earlier checkpoints last. Raises ValueError as

@@ -28,6 +28,7 @@ from contextlib import closing
 import torch
 
 import grpo
+import self_check
 import sft_masked
 from backend import footprint, parallel
 from backend.packing import Row, Work, share_out
@@ -47,11 +48,6 @@ from storage.logbook import Clock, coloured, open_folder, open_wandb
 from storage.progress import progress
 from storage.record import Rollout, read_rollouts
 
-# Not in the paper: nats per token; two bf16 forwards of the same weights differ by about 0.02.
-GAP_ALARM = 0.1
-# Not in the paper: nats per token that rounding can make of a KL of zero.
-KL_ALARM = {"float32": 1e-6, "bfloat16": 1e-3}
-
 
 def main(config: Config | None = None, options: Sequence[str] = ()) -> None:
     """Run SEE. `config` None: from the command line, with a variant's `options` after it."""
@@ -59,6 +55,8 @@ def main(config: Config | None = None, options: Sequence[str] = ()) -> None:
     first = parallel.rank() == 0
     try:
         parallel.refuse_restart()
+        if config.self_check:
+            return self_check.main(config)
         config = with_judge_url(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
         if config.dry_run:
             plan = describe(config, resolve(config))
@@ -193,12 +191,12 @@ class Run:
     def _alarms(self) -> None:
         """What a step's figures must be, whatever is learnt. A NaN is an alarm too."""
         gap, kl = self.figures["logprob_gap"], self.figures["kl"]
-        if gap is not None and not gap <= GAP_ALARM:
+        if gap is not None and not gap <= grpo.GAP_ALARM:
             parallel.print0(
                 f"alarm: sampler and trainer differ by {gap:.3f} nats a token; the sampler may "
                 "have other weights than the policy"
             )
-        limit = KL_ALARM[self.config.policy.dtype]
+        limit = grpo.KL_ALARM[self.config.policy.dtype]
         if self.policy_is_reference and kl is not None and not kl <= limit:
             parallel.print0(
                 f"alarm: the KL to the reference is {kl:.2g} nats a token, although policy and "

@@ -276,6 +276,7 @@ def run(
     models = list(config.main_models())
     if parallel.rank() == 0:
         keep_model_order(config.folder.models_file, models)
+        declare(config)
     sampler = None
     try:
         if "answers" in config.stages:
@@ -311,6 +312,25 @@ def keep_model_order(path: Path, models: list[str]) -> None:
     write_text(path, json.dumps([*before, *(m for m in models if m not in before)]))
 
 
+def declare(config: EvaluationConfig) -> None:
+    """Record, before there is an answer, what must not be chosen by results: the benchmarks in
+    their order, the primary endpoint and the margin of quality. The first declaration stands; a
+    primary endpoint that is asked for later is recorded as later. The base alone declares none."""
+    first = config.folder.declared()
+    known, benchmarks = first.get("benchmarks", []), config.named_benchmarks()
+    primary = list(config.primary_endpoint()) if config.primary or len(config.models) > 1 else None
+    declared = {
+        "benchmarks": [*known, *(b for b in benchmarks if b not in known)],
+        "primary": first.get("primary") or primary,
+        "margin": first.get("margin") or (config.margin if primary else None),
+        "later": first.get("later", []),
+    }
+    if config.primary and primary not in [declared["primary"], *declared["later"]]:
+        declared["later"].append(primary)
+    config.folder.path.mkdir(parents=True, exist_ok=True)
+    write_text(config.folder.declared_file, json.dumps(declared, indent=2))
+
+
 def read_scores(
     config: EvaluationConfig,
     model: str,
@@ -328,6 +348,12 @@ def read_scores(
         if config.training_run and model == base:
             run = RunFolder(Path(config.training_run))
             stages.read_training_window(config.folder.window_scores_file, run, reader, version)
+            prompts = {config.folder.window_states_file: run.last_cycle()}
+            for cell in own.values():
+                benchmark = cell.folder.path.parent.name
+                prompts[config.folder.states_file(benchmark)] = cell.folder.answers()
+            for path, rollouts in prompts.items():
+                stages.read_prompt_states(path, rollouts, reader, version)
     if "sensitivity" in config.stages:
         for cell in own.values():
             stages.read_sensitivity(cell.folder, reader, version)
@@ -357,9 +383,15 @@ def main() -> None:
     config = tyro.cli(EvaluationConfig, description=__doc__)
     try:
         parallel.refuse_restart()
-        config = with_judge_url(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
+        if not config.dry_run:
+            parallel.check_gpu()
+        # On a GPU the reader of digits takes the engine's place.
+        engine = dataclasses.replace(config.engine, sleep=True)
+        sampler = choose_sampler(config.sampler)
+        config = with_judge_url(dataclasses.replace(config, sampler=sampler, engine=engine))
         check_name(config.name)
         cells = config.cells()
+        config.primary_endpoint()
         first = next(iter(cells.values()))
         if config.judge in config.judges:
             raise ValueError(f"--judges: {config.judge} is the judge already; name others")

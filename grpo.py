@@ -34,7 +34,7 @@ tokens.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -43,6 +43,12 @@ from backend.packing import Batch, Row, Work, chosen_rows
 from backend.policy import Policy
 from storage.options import Finite, NotNegative, Options, Positive, in_range
 from storage.record import Rollout
+
+# What a step's figures must be, whatever is learnt. Not in the paper: nats per token; two bf16
+# forwards of the same weights differ by about 0.02.
+GAP_ALARM = 0.1
+# Not in the paper: nats per token that rounding can make of a KL of zero.
+KL_ALARM = {"float32": 1e-6, "bfloat16": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -179,26 +185,23 @@ def rl_step(
     """One optimiser step. `rollouts` and (N,) `advantages` are those of all ranks; `work` has this
     rank's micro-batches, and `ref_logps` their reference_logps. Returns metrics of the step over
     all ranks. Collective."""
-    advantages = advantages.float().to(parallel.device())  # (N,)
-    rewarded = torch.tensor(
-        [r.reward is not None for r in rollouts], device=parallel.device()
-    )  # (N,)
     # Over all ranks and micro-batches, so that the losses of micro-batches sum to the step's loss.
     lengths = [len(r.response_ids) for r in rollouts if r.reward is not None]
     counts = {"response": max(1, len(lengths)), "token": max(1, sum(lengths))}
 
+    # Before the loop: each copy to a GPU waits until the GPU has done all it was given.
+    recorded = [recorded_values(batch, rollouts, advantages) for batch in work.batches]
+
     sums: dict[str, torch.Tensor | float] = {}
     not_finite: list[torch.Tensor] = []
-    for batch, ref_logp in zip(work.batches, ref_logps, strict=True):
+    for batch, ref_logp, known in zip(work.batches, ref_logps, recorded, strict=True):
         logp, entropy, logp_t1 = policy(batch, temperature)  # (B, T) each
-        if batch.index:  # note 6
-            batch = batch._replace(mask=batch.mask & rewarded[batch.index, None])  # (B, T)
         loss, batch_sums = policy_loss(
             logp=logp,
             old_logp=logp.detach(),
             ref_logp=ref_logp,
-            advantages=advantages[batch.index] if batch.index else advantages.new_zeros(1),
-            mask=batch.mask,
+            advantages=known.advantages,
+            mask=batch.mask & known.rewarded,
             clip=config.clip,
             kl_coef=config.kl_coef,
             entropy=entropy,
@@ -207,13 +210,17 @@ def rl_step(
             denominator=counts[config.loss_mean],
         )
         loss.backward()
-        batch_rollouts = [rollouts[i] for i in batch.index]
-        not_finite.append(batch.mask & ~logp.detach().isfinite())  # (B, T)
-        batch_sums |= sampler_gap(batch, batch_rollouts, logp_t1)
-        batch_sums |= score_entropy(batch, batch_rollouts, entropy.detach())
+        not_finite.append(batch.mask & known.rewarded & ~logp.detach().isfinite())  # (B, T)
+        batch_sums |= {
+            "gap": _sum_where(known.has_logp, (known.sampled_logp - logp_t1).abs()),
+            "gap_tokens": known.has_logp.sum(),
+            "score_entropy": _sum_where(known.at_score, entropy.detach()),
+            "score_tokens": known.at_score.sum(),
+        }
         sums = {name: value + sums.get(name, 0.0) for name, value in batch_sums.items()}
     grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
-    total = parallel.all_sum({name: float(value) for name, value in sums.items()})
+    values = torch.stack([value.double() for value in sums.values()]).tolist()
+    total = parallel.all_sum(dict(zip(sums, values, strict=True)))
 
     def rows_not_finite() -> list[str]:
         names = [f"prompt {r.prompt_id}, sample {r.sample}" for r in rollouts]
@@ -238,32 +245,39 @@ def _ratio(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def sampler_gap(
-    batch: Batch, rollouts: Sequence[Rollout], logp_t1: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Sum of |sampler's - trainer's log-probability| over the response tokens, both at temperature
-    1 (note 2), and the number of these tokens. `rollouts` are the rows of the micro-batch;
-    `logp_t1` is (B, T)."""
-    sampled = torch.zeros_like(logp_t1)  # (B, T)
-    recorded = torch.zeros_like(batch.mask)  # (B, T)
-    for b, r in enumerate(rollouts):
+class Recorded(NamedTuple):
+    """What is known of a micro-batch's rollouts, on the device, laid out as Batch.scored."""
+
+    advantages: torch.Tensor  # (B,), 0 in a filler
+    rewarded: torch.Tensor  # (B, 1) bool: which have a reward (note 6)
+    sampled_logp: torch.Tensor  # (B, T) the sampler's log-probabilities, at temperature 1 (note 2)
+    has_logp: torch.Tensor  # (B, T) bool: where it has given them, and the response has a reward
+    at_score: torch.Tensor  # (B, T) bool: the five score tokens of each response with a reward
+
+
+def recorded_values(
+    batch: Batch, rollouts: Sequence[Rollout], advantages: torch.Tensor
+) -> Recorded:
+    """`rollouts` and (N,) `advantages` are those of the whole step."""
+    shape = batch.scored.shape
+    own, rewarded = torch.zeros(shape[0]), torch.ones(shape[0], 1, dtype=bool)
+    sampled = torch.zeros(shape)
+    has_logp, at_score = torch.zeros(shape, dtype=bool), torch.zeros(shape, dtype=bool)
+    for b, i in enumerate(batch.index):
+        r, own[b] = rollouts[i], advantages[i]
+        if r.reward is None:
+            rewarded[b] = False
+            continue
+        start = len(r.prompt_ids) - batch.prefix  # column of the first response token
         if r.sampled_logp is not None:
-            start = len(r.prompt_ids) - batch.prefix  # column of the first response token
             response = slice(start, start + len(r.response_ids))
             sampled[b, response] = torch.tensor(r.sampled_logp)
-            recorded[b, response] = True
-    recorded &= batch.mask
-    return {"gap": (sampled - logp_t1)[recorded].abs().sum(), "gap_tokens": recorded.sum()}
-
-
-def score_entropy(
-    batch: Batch, rollouts: Sequence[Rollout], entropy: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Sum of the (B, T) entropy over the five score tokens of each response, and the number of
-    these tokens."""
-    at_score = torch.zeros_like(batch.mask)  # (B, T)
-    for b, r in enumerate(rollouts):
-        start = len(r.prompt_ids) - batch.prefix  # column of the first response token
+            has_logp[b, response] = True
         at_score[b, [start + p for p in r.score_positions or ()]] = True
-    at_score &= batch.mask
-    return {"score_entropy": entropy[at_score].sum(), "score_tokens": at_score.sum()}
+    return Recorded(
+        *(x.to(parallel.device()) for x in (own, rewarded, sampled, has_logp, at_score))
+    )
+
+
+def _sum_where(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, values, torch.zeros_like(values)).sum()

@@ -28,7 +28,7 @@ from backend.model_folder import (
     load_tokenizer,
     model_size,
 )
-from backend.parallel import world_size
+from backend.parallel import check_gpu, world_size
 from backend.policy import attention
 from config import MAY_CHANGE, CommonConfig, Config
 from judge import check_judge, judge_prices, offline_judge
@@ -158,10 +158,11 @@ def check_name(name: str) -> None:
 def obstacles(config: Config, setup: Setup) -> list[str]:
     """Reasons why the run cannot be done on this machine in its present state; [] if none."""
     problems, machine = [], this_machine()
-    try:
-        check_judge(config, world_size())
-    except ValueError as error:
-        problems.append(str(error))
+    for check in (check_gpu, lambda: check_judge(config, world_size())):
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
     if config.wandb and not wandb_ready():
         problems.append("--wandb: no key is known: `wandb login` first, or WANDB_MODE=offline")
     parts = footprint.memory(config, setup.size, machine)
@@ -170,8 +171,8 @@ def obstacles(config: Config, setup: Setup) -> list[str]:
         problems.append(
             f"a rank needs about {sum(parts.values()) / GB:.1f} GB ({sizes}) and this machine has "
             f"{machine.memory / GB:.1f} GB a rank; use more GPUs, a smaller --model, or lower "
-            "--policy.micro_batch_tokens or --engine.* (--dry_run prints the whole plan; --preset "
-            "small is a run for two CPU cores)"
+            "--policy.micro_batch_tokens, --sample_rows (transformers) or --engine.* (vLLM); "
+            "--dry_run prints the whole plan, and --preset small is a run for two CPU cores"
         )
     longest, capacity = config.longest_row, footprint.kv_tokens(config, setup.size, machine)
     if config.sampler == "vllm" and longest > capacity:

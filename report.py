@@ -24,7 +24,18 @@ from pathlib import Path
 import sklearn
 import tyro
 
-from evaluation import answers, control_tables, figures, page, paper_tables, summary, use_tables
+from evaluation import (
+    answers,
+    comparison_tables,
+    control_tables,
+    efficiency,
+    error_tables,
+    figures,
+    page,
+    paper_tables,
+    summary,
+    use_tables,
+)
 from evaluation.figures import Drawn
 from evaluation.results import load_evaluation, load_run
 from evaluation.table import Results, Table, by_settings
@@ -48,6 +59,8 @@ class Command(Options):
     models: tuple[str, ...] = ()
     """Which models the tables show, the base first; none: all but runs' earlier checkpoints.
     Figure 2 shows all checkpoints on file."""
+    against: str = ""
+    """The model that the others are compared with; none: the base."""
     show: CountOrZero = 200
     """Judged answers of each model to each benchmark on the page, and of each run, evenly from its
     cycles; at most as many malformed ones, and ones that the judge refused. The base's answers to
@@ -62,7 +75,8 @@ def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
     trained = [load_run(folder) for folder in command.runs]
     results, tables, every, first = None, [], trained, trained
     if command.results:
-        results = Results([load_evaluation(folder) for folder in command.results], command.models)
+        evaluations = [load_evaluation(folder) for folder in command.results]
+        results = Results(evaluations, command.models, command.against)
         others = by_settings([load_evaluation(folder) for folder in command.beside])
         tables = make_tables(results, others)
         every = [cell for _, _, cells in results.each() for cell in cells] + trained
@@ -89,7 +103,10 @@ def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
 def make_tables(results: Results, others: Sequence[Results] = ()) -> list[Table]:
     """All tables for which there are results. `others`: evaluations under other settings."""
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # for speed
-        makers = (*paper_tables.TABLES, *control_tables.TABLES, *use_tables.TABLES)
+        makers = (
+            *paper_tables.TABLES, *comparison_tables.TABLES, *efficiency.TABLES,
+            *control_tables.TABLES, *error_tables.TABLES, *use_tables.TABLES,
+        )  # fmt: skip
         tables = [make(results) for make in makers]
         tables.append(use_tables.other_settings(results, others))
     note = results.note()
@@ -104,6 +121,7 @@ def draw(results: Results | None, runs: Sequence[Path], out: Path) -> list[Drawn
             figures.figure_2(results, out / "figure2.png"),
             figures.figure_3(results, out / "figure3.png"),
             figures.figure_4(results, out / "figure4.png"),
+            figures.reliability(results, out / "reliability.png"),
         ]
     drawn.append(figures.training(runs, out / "training.png", results))
     return [figure for figure in drawn if figure]

@@ -133,7 +133,7 @@ def sft_step(
     for group in optimizer.param_groups:
         group["lr"] = update.lr
     grad_norm = parallel.clip_grad_norm(policy, config.grad_clip)
-    nll = parallel.all_sum({"nll": sum(loss.item() for loss in losses)})["nll"]
+    nll = parallel.all_sum({"nll": torch.stack(losses).sum().item()})["nll"]
     names = [row.name for row in update.rows]
     parallel.check_finite(nll, grad_norm, lambda: chosen_rows(work.batches, not_finite, names))
     optimizer.step()

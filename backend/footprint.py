@@ -1,14 +1,15 @@
 """Memory of one rank and disk of one run by formula, from a model's config.json alone.
 
-The estimate is on the low side: it leaves out the overhead of allocators and libraries, for which
-MARGIN is kept free. tests/test_footprint.py compares the sum and its parts with measured steps on
-CPU; bench/memory.py prints the estimate for any machine. All figures are bytes unless named
-otherwise.
+tests/test_footprint.py holds the formula against what the project's own step takes on a GPU that
+is not there (bench/fake_gpu.py), and against measured steps on CPU; bench/memory.py prints formula
+and trace for any machine. For what neither sees MARGIN, and on a GPU CONTEXT, are kept free. All
+figures are bytes unless named otherwise.
 """
 
 import math
 import os
 import shutil
+from bisect import bisect_right
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,69 +21,105 @@ from backend.parallel import world_size
 from backend.policy import HeadLogProbs, PolicyConfig
 
 GB = 1e9
-# A measured step on CPU takes 1.05 to 1.2 times the sum of the parts.
-MARGIN = 1.2
+# Not in the formula: fragmentation of the allocator, temporaries of libraries. A measured step on
+# CPU takes up to 1.3 times the formula; no GPU has been measured.
+MARGIN = 1.3
+# On CPU the work in a layer takes so many times what it takes on a GPU: copies that its attention
+# makes, and holes in the C library's heap. Measured (tests/test_footprint.py).
+CPU_WORK = 2.5
+# Not in the formula: a CUDA context with its loaded kernels, NCCL's buffers, cuBLAS's workspace.
+CONTEXT = 2e9
 
 
-def training(config, m: Size, ranks: int) -> dict[str, float]:
-    """Peak of a rank in a training step, by part, without the sampler (`config` is cycle's)."""
+def training(config, m: Size, ranks: int, gpu: bool, tokens: int | None = None) -> dict[str, float]:
+    """Peak of a rank in a training step of several micro-batches, by part, without the sampler
+    (`config` is cycle's). tokens: of a micro-batch; None: as configured."""
     p: PolicyConfig = config.policy
-    compute, stored = itemsize(p.dtype), itemsize(p.parameters)
-    root = m.parameters - m.layers * m.per_layer  # embedding, norm and head
-    tokens = max(p.micro_batch_tokens, config.longest_row)
+    stored = itemsize(p.parameters) * m.parameters / ranks
+    tokens = tokens or max(p.micro_batch_tokens, config.longest_row)
+    parts = {
+        "parameters": stored,
+        "gradients": stored,
+        "AdamW": 2 * stored,
+        "KL reference": itemsize(p.dtype) * m.parameters / ranks,
+    }
+    moments = [
+        at_head(p, m, tokens, gpu), in_layer(config, m, ranks, tokens, gpu), at_end(p, m, ranks)
+    ]  # fmt: skip
+    if not gpu and p.shared_prefix:
+        # Each token may attend to a whole row (packing.attention_calls).
+        masks = itemsize(p.dtype) * m.heads_per_key * config.longest_row * tokens
+        for moment in moments[:2]:
+            moment["attention masks"] = masks
+    return parts | max(moments, key=lambda moment: sum(moment.values()))
+
+
+def root_parameters(m: Size) -> int:
+    """Embedding, last norm and head, which FSDP gathers as one."""
+    return m.parameters - m.layers * m.per_layer
+
+
+def activations(p: PolicyConfig, m: Size) -> float:
+    """Saved from forward to backward, for a token: the input of each layer, without gradient
+    checkpointing all that each layer saves."""
+    inner = 0 if p.gradient_checkpointing else m.layers * m.saved[p.dtype]
+    return itemsize(p.dtype) * m.layers * m.hidden + inner
+
+
+def at_head(p: PolicyConfig, m: Size, tokens: int, gpu: bool) -> dict[str, float]:
+    """Backward of HeadLogProbs, if all tokens are scored."""
+    size, weight = itemsize(p.dtype), m.vocabulary * m.hidden
+    blocks = 2 * 4 * HeadLogProbs.block("cuda" if gpu else "cpu") * m.vocabulary
+    logits = size * m.vocabulary * min(p.head_tokens, tokens)
+    gradient_sum = 4 * weight if tokens > p.head_tokens else 0
     return {
-        "parameters": stored * m.parameters / ranks,
-        "gradients": stored * m.parameters / ranks,
-        "AdamW": 2 * stored * m.parameters / ranks,
-        "KL reference": compute * m.parameters / ranks,
-        # The root's are whole from forward to backward; of the layers, two are whole at a time.
-        "gathered weights and gradients": (2 * compute + 4) * (root + 2 * m.per_layer),
-        "activations": activations_per_token(p, m) * tokens,
-        "attention masks": masks_per_token(config, m) * tokens,
-        # Never at once: first the head, then the backward pass layer by layer.
-        "head or layer at work": max(head(p, m, tokens), backward_per_token(p, m) * tokens),
+        "gathered weights": size * (root_parameters(m) + m.per_layer),
+        "activations": activations(p, m) * tokens,
+        "head": logits + gradient_sum + max(blocks, size * weight) + 2 * size * m.hidden * tokens,
     }
 
 
-def activations_per_token(p: PolicyConfig, m: Size) -> float:
-    """Saved for backward: the input of each layer, and with gradient checkpointing nothing else,
-    without it all activations of each layer."""
-    inner = 0 if p.gradient_checkpointing else m.layers * m.activations
-    return itemsize(p.dtype) * (m.layers * m.hidden + inner)
-
-
-def backward_per_token(p: PolicyConfig, m: Size) -> float:
-    """One layer's backward pass: about twice the layer's activations, for their gradients and for
-    temporaries of its norms and activation function; with gradient checkpointing also the
-    recomputed activations themselves."""
-    return itemsize(p.dtype) * (3 if p.gradient_checkpointing else 2) * m.activations
-
-
-def masks_per_token(config, m: Size) -> float:
-    """Attention masks of a pack (packing.attention_calls), at most: each token may attend to a
-    whole row."""
+def in_layer(config, m: Size, ranks: int, tokens: int, gpu: bool) -> dict[str, float]:
+    """Backward of a layer: of its MLP, or of its attention."""
     p: PolicyConfig = config.policy
-    return p.shared_prefix * itemsize(p.dtype) * m.heads_per_key * config.longest_row
+    size, keys = itemsize(p.dtype), m.kv_per_token / 2 / m.layers
+    # Each row behind a prefix has the prefix's keys and values again (packing.attend).
+    again = config.rollouts * config.prompt_tokens / tokens if p.shared_prefix else 0
+    recomputed = (m.saved[p.dtype] if p.gradient_checkpointing else 0) + 2 * size * keys * again
+    mlp = 2 * size * (m.feed_forward + m.hidden)
+    attention = size * (2 * m.queries + 2 * keys * (1 + again))
+    if gpu:  # flash attention's workspace: an fp32 sum, and gradients of keys for each query head
+        attention += 4 * m.queries + 2 * size * m.queries * (1 + again) * (m.heads_per_key > 1)
+    attention -= 4 * size * (m.feed_forward + m.hidden)  # what the MLP has given back
+    work = (recomputed + max(mlp, attention)) * tokens
+    return {
+        # The root's weights and the head's gradient; two layers, and the fp32 gradients of one, on
+        # their way to the other ranks and come back.
+        "gathered weights and gradients": size * (root_parameters(m) + m.vocabulary * m.hidden)
+        + (2 * size + 4 + 4 / ranks) * m.per_layer,
+        "activations": activations(p, m) * tokens,
+        "layer": work if gpu else CPU_WORK * work,
+    }
 
 
-def head(p: PolicyConfig, m: Size, tokens: int) -> float:
-    """Logits of a chunk, fp32 temporaries of a block, and, with several chunks, the fp32 sum of the
-    head's gradient."""
-    chunk = min(p.head_tokens, tokens)
-    gradient_sum = 4 * m.vocabulary * m.hidden if tokens > p.head_tokens else 0
-    return m.vocabulary * (itemsize(p.dtype) * chunk + 3 * 4 * HeadLogProbs.BLOCK) + gradient_sum
+def at_end(p: PolicyConfig, m: Size, ranks: int) -> dict[str, float]:
+    """The root's gradients in fp32, on their way to the other ranks and come back."""
+    size, root = itemsize(p.dtype), root_parameters(m)
+    both = size * m.vocabulary * m.hidden * m.tied  # of the embedding and of the head
+    return {
+        "gathered weights and gradients": (2 * size + 4 + 4 / ranks) * root + both + 4 * m.per_layer
+    }
 
 
-def tokens_that_fit(config, m: Size, ranks: int, free: float) -> int:
-    """The largest micro-batch, in tokens, if training may take `free` bytes, MARGIN included."""
-    p, per_token = config.policy, ("activations", "attention masks", "head or layer at work")
-    fixed = sum(size for part, size in training(config, m, ranks).items() if part not in per_token)
-    remaining = free / MARGIN - fixed
-    saved = activations_per_token(p, m) + masks_per_token(config, m)
-    # The peak is either at the head or in a layer's backward pass: both must fit.
-    fit_at_head = (remaining - head(p, m, p.head_tokens + 1)) / saved
-    fit_in_layer = remaining / (saved + backward_per_token(p, m))
-    return max(0, math.floor(min(fit_at_head, fit_in_layer)))
+def tokens_that_fit(config, m: Size, machine: "Machine", ranks: int, free: float) -> int:
+    """The largest micro-batch, in tokens, if training may take `free` bytes, margin and context
+    included."""
+
+    def taken(tokens: int) -> float:
+        return sum(training(config, m, ranks, machine.cuda, tokens).values())
+
+    budget = (free - CONTEXT * machine.cuda) / MARGIN
+    return bisect_right(range(1, 10**7), budget, key=taken)
 
 
 class Machine(NamedTuple):
@@ -117,7 +154,7 @@ def container_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 def engine(config, m: Size, machine: Machine) -> float:
     """Memory that the sampler holds while the policy trains."""
     weights, e = itemsize(config.policy.dtype) * m.parameters, config.engine
-    if config.sampler != "vllm":
+    if config.sampler != "vllm":  # its keys and values: see memory
         return weights
     if not machine.cuda:
         return weights + e.kv_cache_gb * 2**30
@@ -136,8 +173,17 @@ def kv_tokens(config, m: Size, machine: Machine) -> int:
 
 def memory(config, m: Size, machine: Machine) -> dict[str, float]:
     """Peak of one rank of this launch, by part."""
-    parts, sampler = training(config, m, world_size()), engine(config, m, machine)
-    return {**parts, "margin": (MARGIN - 1) * sum(parts.values()), "sampler": sampler}
+    parts = training(config, m, world_size(), machine.cuda)
+    if config.sampler != "vllm":
+        # While rollouts are sampled their keys and values stand where a step's temporaries will.
+        held = sum(parts[name] for name in ("parameters", "gradients", "AdamW", "KL reference"))
+        rows = itemsize(config.policy.dtype) * m.kv_per_token * config.longest_row
+        beyond = config.sample_rows * rows - (sum(parts.values()) - held)
+        parts["keys and values of rollouts"] = max(0.0, beyond)
+    parts["margin"] = (MARGIN - 1) * sum(parts.values())
+    if machine.cuda:
+        parts["CUDA context, NCCL"] = CONTEXT
+    return parts | {"sampler": engine(config, m, machine)}
 
 
 def disk(config, m: Size) -> dict[str, float]:

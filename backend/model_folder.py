@@ -11,8 +11,15 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
+from backend.packing import ATTENTION_NAME, Ends
 from storage.files import read_json
 
 # Dense, logits = head(norm(hidden)) without scaling, rotary positions: what packing.py computes and
@@ -129,22 +136,25 @@ def check_weights(folder: str | Path) -> None:
             )
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in the folder's safetensors files: those of its index, or
-    model.safetensors, or all. Rotary tables, which old files also hold, are left out. Raises
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files: those of its index, or model.safetensors, or all. Raises
     ValueError."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(x, str) for x in listed.values()):
             raise ValueError(f"{index}: has no weight_map of file names; fetch it again")
-        paths = sorted(folder / name for name in set(listed.values()))
-    elif (folder / "model.safetensors").is_file():  # others may hold the same in another form
-        paths = [folder / "model.safetensors"]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
+        return sorted(folder / name for name in set(listed.values()))
+    if (folder / "model.safetensors").is_file():  # others may hold the same in another form
+        return [folder / "model.safetensors"]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in the folder's safetensors files. Rotary tables, which old
+    files also hold, are left out. Raises ValueError."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
+    for path in weight_files(folder):
         if not path.is_file():
             raise ValueError(f"{path}: missing; fetch the model again")
         with open(path, "rb") as f:
@@ -165,7 +175,7 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 class Size(NamedTuple):
-    """Sizes of a model that memory depends on: counts, not bytes."""
+    """Sizes of a model that memory depends on: counts of numbers, and bytes where it says so."""
 
     kind: str  # model_type
     parameters: int  # a tied head counted once
@@ -173,7 +183,9 @@ class Size(NamedTuple):
     per_layer: int  # parameters of one decoder layer
     hidden: int
     vocabulary: int
-    activations: int  # that one layer saves for backward, values per token
+    feed_forward: int  # width of the MLP
+    queries: int  # of one token in one layer: heads x head size
+    saved: dict[str, float]  # bytes a token that one layer saves for backward, by compute type
     kv_per_token: int  # key and value entries of one token, all layers
     heads_per_key: int  # query heads per key-value head
     tied: bool
@@ -198,11 +210,7 @@ def model_size(folder: str | Path) -> Size:
     model = _meta_model(folder)
     config = model.config
     layer = model.model.layers[0]
-    # Activations: inputs and outputs of every linear layer; for the norms' inputs and fp32 copies
-    # and the rotated heads 6 x hidden size.
-    linear = sum(
-        m.in_features + m.out_features for m in layer.modules() if isinstance(m, torch.nn.Linear)
-    )
+    head_size = layer.self_attn.head_dim
     return Size(
         kind=config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -210,14 +218,46 @@ def model_size(folder: str | Path) -> Size:
         per_layer=sum(p.numel() for p in layer.parameters()),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
-        activations=linear + 6 * config.hidden_size,
-        kv_per_token=config.num_hidden_layers
-        * 2
-        * config.num_key_value_heads
-        * layer.self_attn.head_dim,
+        feed_forward=config.intermediate_size,
+        queries=config.num_attention_heads * head_size,
+        saved={
+            name: _saved_per_token(_meta_model(folder), getattr(torch, name))
+            for name in ("bfloat16", "float32")
+        },
+        kv_per_token=config.num_hidden_layers * 2 * config.num_key_value_heads * head_size,
         heads_per_key=config.num_attention_heads // config.num_key_value_heads,
         tied=config.tie_word_embeddings,
     )
+
+
+def _saved_per_token(model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Bytes a token that the model's first layer saves for backward, found by running it on the
+    meta device, where nothing is computed."""
+    base, tokens = model.model.to(dtype), 64
+    layer, base.layers = base.layers[0], base.layers[:1]
+    base.config._attn_implementation = ATTENTION_NAME
+    weights = {p.untyped_storage()._cdata for p in base.parameters()}
+    saved: dict[int, torch.Tensor] = {}  # one tensor of each storage, which it keeps
+    inside = False
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if inside and storage not in weights:
+            saved[storage] = tensor
+        return tensor
+
+    def enter(*_) -> None:
+        nonlocal inside
+        inside = not inside
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(enter)
+    with torch.device("meta"):
+        ids, ends = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(2, dtype=torch.int32)
+    pack = {"lengths": [tokens], "ends": Ends(ends, ends, tokens, tokens)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        base(input_ids=ids, position_ids=ids, use_cache=False, **pack)
+    return sum(t.untyped_storage().nbytes() for t in saved.values()) / tokens
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,10 +19,12 @@ size.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from backend import parallel
@@ -40,6 +42,16 @@ class Row(NamedTuple):
     name: str = ""  # for messages
 
 
+class Ends(NamedTuple):
+    """Where the sequences of a pack end, for varlen_attn: S of them, the prefix and each row. A
+    row's keys are the prefix's and its own."""
+
+    queries: torch.Tensor  # (S + 1,) int32, from 0
+    keys: torch.Tensor  # (S + 1,) int32, from 0
+    longest_query: int
+    longest_key: int
+
+
 class Batch(NamedTuple):
     """A micro-batch: either a pack or padded rows."""
 
@@ -48,6 +60,7 @@ class Batch(NamedTuple):
     positions: torch.Tensor  # same shape as ids
     prefix: int  # P, length of the shared prefix; 0 for padded rows
     lengths: list[int] | None  # a pack: tokens of each row after the prefix; padded rows: None
+    ends: Ends | None  # of a pack
     # (N,) index into ids.flatten() of the token before each scored token: its hidden state predicts
     # the scored token.
     hidden_index: torch.Tensor
@@ -214,7 +227,14 @@ def _pad(index: list[int], rows: Sequence[Row]) -> Batch:
 
 
 def _batch(index, rows, ids, positions, prefix: int, lengths, hidden_index) -> Batch:
-    device = parallel.device()
+    device, ends = parallel.device(), None
+    if lengths is not None:
+        sequences = [(n, n) for n in [prefix] if n] + [(n, prefix + n) for n in lengths]
+        queries, keys = zip(*sequences, strict=True)
+        ends = Ends(
+            *(torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device)
+              for n in (queries, keys)), max(queries), max(keys),
+        )  # fmt: skip
     scored = torch.zeros(len(rows), max(len(row.ids) for row in rows) - prefix, dtype=torch.bool)
     for b, row in enumerate(rows):
         scored[b, : len(row.ids) - prefix] = torch.tensor(row.mask[prefix:])
@@ -230,6 +250,7 @@ def _batch(index, rows, ids, positions, prefix: int, lengths, hidden_index) -> B
         torch.tensor(positions, device=device),
         prefix,
         lengths,
+        ends,
         torch.tensor(hidden_index, dtype=torch.long, device=device),
         torch.tensor(targets, dtype=torch.long, device=device),
         scored.to(device),
@@ -245,6 +266,14 @@ def _filler(build) -> Batch:
 
 # --------------------------------------------------------------------------------------------------
 # Attention
+
+
+def attention_arguments(batch: Batch, heads_per_key: int, dtype: torch.dtype) -> dict:
+    """What `attend` needs to know of a pack. On a GPU in bf16 that is where its sequences end,
+    because flash attention takes no mask; elsewhere one product with a mask for several rows."""
+    if batch.ids.device.type != "cpu" and dtype == torch.bfloat16:
+        return {"prefix": batch.prefix, "lengths": batch.lengths, "ends": batch.ends}
+    return {"prefix": batch.prefix, "calls": attention_calls(batch, heads_per_key, dtype)}
 
 
 class AttentionCall(NamedTuple):
@@ -284,11 +313,15 @@ def attend(
     dropout: float = 0.0,
     prefix: int = 0,
     calls: Sequence[AttentionCall] = (),
+    lengths: Sequence[int] = (),
+    ends: Ends | None = None,
     **_,
 ) -> tuple[torch.Tensor, None]:
     """Attention over a pack: query (1, H, L, d), key and value (1, K, L, d) -> (1, L, H, d). The
-    signature is that of transformers' attention functions; Policy.forward passes `prefix` and
-    `calls`."""
+    signature is that of transformers' attention functions; Policy.forward passes what
+    attention_arguments gives."""
+    if ends is not None:
+        return attend_without_mask(query, key, value, scaling, prefix, lengths, ends), None
     heads, keys, d = query.shape[1], key.shape[1], query.shape[3]
     lengths = [prefix, *(call.tokens for call in calls)]
     q, k, v = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -305,6 +338,34 @@ def attend(
         )
         out.append(o.reshape(1, heads, -1, d))  # (1, H, R, d)
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def attend_without_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    prefix: int,
+    lengths: Sequence[int],
+    ends: Ends,
+) -> torch.Tensor:
+    """The same in one call of flash attention. Its causal mask is aligned at the last query and the
+    last key of a sequence, so a row sees the whole prefix."""
+
+    def behind_prefix(x: torch.Tensor) -> torch.Tensor:
+        """(1, K, L, d) -> (P + sum of (P + R), K, d)"""
+        first, *rows = x[0].transpose(0, 1).split([prefix, *lengths])
+        return torch.cat([first, *(part for row in rows for part in (first, row))])
+
+    return varlen_attn(
+        query[0].transpose(0, 1),  # (L, H, d)
+        behind_prefix(key),
+        behind_prefix(value),
+        *ends,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=True,
+    )[None]
 
 
 ATTENTION_NAME = "shared_prefix"  # under which transformers finds `attend`

@@ -13,6 +13,7 @@ import random
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -32,8 +33,9 @@ from torch.distributed.tensor import DTensor
 from storage.files import FileError, WriteError, publish, write_text, writing
 from storage.lock import locked
 
-# Far longer than the slowest judgement, during which the other ranks wait in a collective.
-TIMEOUT = timedelta(hours=4)
+# Longer than rank 0 may ask judges in an evaluation while the others wait. A rank that ends is
+# noticed at once: torchrun ends the others.
+TIMEOUT = timedelta(days=7)
 STATES_KEPT = 2
 
 
@@ -41,7 +43,12 @@ STATES_KEPT = 2
 def process_group():
     """The process group for a `with` block: torchrun's ranks, or this single process."""
     if torch.cuda.is_available():
+        # Micro-batches differ in size, which fragments segments of a fixed size.
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # It plans anew for each length of a row. vLLM switches it off too, where it is imported.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -149,6 +156,27 @@ def device() -> torch.device:
     )
 
 
+def check_gpu() -> None:
+    """Raise ValueError on a machine with a GPU that PyTorch cannot use, where all would run on CPU
+    in silence."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or hidden or not shutil.which("nvidia-smi"):
+        return
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    if listed.startswith("GPU"):
+        built = torch.version.cuda
+        remedy = (
+            f"is built for CUDA {built}, for which the driver is probably too old; update it"
+            if built
+            else "is a CPU build; run make setup"
+        )
+        raise ValueError(
+            f"{listed.splitlines()[0].split(' (UUID')[0]} cannot be used: PyTorch "
+            f"{torch.__version__} {remedy}. CUDA_VISIBLE_DEVICES=-1 before the command runs it on "
+            "CPU"
+        )
+
+
 def launch_id() -> int:
     """A random number that identifies this launch, the same on all its ranks. Collective."""
     drawn = random.SystemRandom().getrandbits(48) if rank() == 0 else 0
@@ -165,7 +193,8 @@ def barrier() -> None:
 
 
 def _reduce(values: Mapping[str, float], op) -> dict[str, float]:
-    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=device())
+    """By gloo, on a GPU machine too: a rank that waits for another's judge keeps no GPU busy."""
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(tensor, op)
     return dict(zip(values, tensor.tolist(), strict=True))
 
@@ -255,6 +284,13 @@ def shard(
             # Gradients are summed over ranks, not averaged: each loss has a global denominator.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def own_rows(sharded: DTensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a sharded tensor, perhaps none, and the number of the first. FSDP2 cuts
+    the first dimension as torch.chunk does."""
+    local, rows = sharded.to_local(), sharded.shape[0]
+    return local, min(rows, rank() * -(-rows // world_size()))
 
 
 def full_tensor(sharded: DTensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The language model: load, forward, micro-batches, export.
+"""The language model: load, forward, export.
 
 `Policy` is the FSDP root. Its forward computes backbone, head and log-probabilities in one call,
 because a sharded weight must not be used outside the root's forward. The head runs on the scored
@@ -8,6 +8,9 @@ vocabulary) are never in memory (App. A: responses of up to 8,192 tokens, a voca
 Parameters and AdamW state are fp32, compute is bf16. This departs from the authors' scripts, whose
 parameters are bf16 (`--policy.parameters bfloat16`, preset official): at a learning rate of 1e-6
 most updates of a bf16 weight round to zero.
+
+A policy is made without memory, sharded, and then filled: each rank reads its own slices of the
+files, so that no rank ever holds the whole model.
 
 Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V vocabulary.
 """
@@ -20,15 +23,15 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from backend import packing, parallel
-from backend.model_folder import write_settings
-from backend.packing import Batch, attention_calls
+from backend.model_folder import weight_files, write_settings
+from backend.packing import Batch, attention_arguments
 from storage.files import fresh_folder
 from storage.options import Count, Options
 
@@ -70,24 +73,29 @@ class HeadLogProbs(torch.autograd.Function):
     """hidden (N, D), weight (V, D), targets (N,) -> logp, entropy, logp_t1, each (N,) fp32.
 
     Logits are computed for `chunk` tokens at a time, in the compute type, in forward and again in
-    backward. Everything derived from them is fp32, for BLOCK tokens at a time, which fit in a CPU's
-    cache. With logits z, p = softmax(z / temperature) and target y:
+    backward. Everything derived from them is fp32, for `block` tokens at a time. With logits z,
+    p = softmax(z / temperature) and target y:
 
         logp    = log p_y                  d logp / d z    = (onehot_y - p) / temperature
         entropy = -sum_v p_v log p_v       d entropy / d z = -p (log p + entropy) / temperature
     """
 
-    BLOCK = 32
+    @staticmethod
+    def block(device_type: str) -> int:
+        """Tokens that fit in a CPU's cache; on a GPU more, because each block starts some twenty
+        kernels."""
+        return 32 if device_type == "cpu" else 512
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
+        size = HeadLogProbs.block(hidden.device.type)
         # Rows: logp, entropy, logp_t1, log_sum (log-sum-exp of the logits / temperature).
         values = torch.empty(4, len(targets), device=hidden.device)
         for start in range(0, len(targets), chunk):
             logits = F.linear(hidden[start : start + chunk], weight)  # (n, V)
-            parts = values[:, start : start + chunk].split(HeadLogProbs.BLOCK, 1)
-            y = targets[start : start + chunk].split(HeadLogProbs.BLOCK)
-            for block, t, out in zip(logits.split(HeadLogProbs.BLOCK), y, parts, strict=True):
+            parts = values[:, start : start + chunk].split(size, 1)
+            y = targets[start : start + chunk].split(size)
+            for block, t, out in zip(logits.split(size), y, parts, strict=True):
                 z = block.float()  # (b, V)
                 chosen = z.gather(1, t[:, None])[:, 0]  # (b,)
                 largest = z.amax(1, keepdim=True)  # (b, 1)
@@ -109,13 +117,14 @@ class HeadLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_sum, entropy = ctx.saved_tensors
         per_token = torch.stack([log_sum, entropy, d_logp, d_entropy])[..., None]  # (4, N, 1)
         d_hidden = torch.empty_like(hidden)  # (N, D)
-        d_weight = None  # (V, D)
+        d_weight = None  # (V, D), a sum of several chunks in fp32
+        size = HeadLogProbs.block(hidden.device.type)
         for start in range(0, len(targets), ctx.chunk):
             hidden_chunk = hidden[start : start + ctx.chunk]  # (n, D)
             logits = F.linear(hidden_chunk, weight)  # (n, V); overwritten by their gradient below
-            parts = per_token[:, start : start + ctx.chunk].split(HeadLogProbs.BLOCK, 1)
-            y = targets[start : start + ctx.chunk].split(HeadLogProbs.BLOCK)
-            for block, t, part in zip(logits.split(HeadLogProbs.BLOCK), y, parts, strict=True):
+            parts = per_token[:, start : start + ctx.chunk].split(size, 1)
+            y = targets[start : start + ctx.chunk].split(size)
+            for block, t, part in zip(logits.split(size), y, parts, strict=True):
                 s, h, d_l, d_h = part  # (b, 1) each
                 log_p = block.float().div_(ctx.temperature).sub_(s)  # (b, V)
                 p = log_p.exp()  # (b, V)
@@ -124,7 +133,9 @@ class HeadLogProbs(torch.autograd.Function):
                 block.copy_(d.div_(ctx.temperature))
             d_hidden[start : start + ctx.chunk] = logits @ weight
             product = logits.T @ hidden_chunk
-            d_weight = product if d_weight is None else d_weight.float().add_(product)
+            if len(targets) > ctx.chunk:
+                product = product.float() if d_weight is None else d_weight.add_(product)
+            d_weight = product
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
@@ -142,8 +153,8 @@ class Policy(torch.nn.Module):
         if batch.lengths is not None:
             c = self.model.config
             dtype = self.model.lm_head.weight.dtype  # the compute type: the weight is gathered here
-            calls = attention_calls(batch, c.num_attention_heads // c.num_key_value_heads, dtype)
-            pack_arguments = {"prefix": batch.prefix, "calls": calls}
+            heads_per_key = c.num_attention_heads // c.num_key_value_heads
+            pack_arguments = attention_arguments(batch, heads_per_key, dtype)
         # Causal attention over right-padded rows needs no mask: no real token attends to padding.
         output = self.model.model(
             input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **pack_arguments
@@ -193,13 +204,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The full model, on CPU, without dropout."""
     disable_progress_bar()  # it would show one bar per rank and load
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    for name in config.to_dict():
-        if "dropout" in name or name.endswith("_pdrop"):
-            setattr(config, name, 0.0)
     return AutoModelForCausalLM.from_pretrained(
         folder,
-        config=config,
+        config=_without_dropout(folder),
         dtype=dtype,
         attn_implementation=attn_implementation,
         use_safetensors=True,
@@ -208,17 +215,49 @@ def load_model(
     )
 
 
+def _without_dropout(folder: str | Path) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for name in config.to_dict():
+        if "dropout" in name or name.endswith("_pdrop"):
+            setattr(config, name, 0.0)
+    return config
+
+
 def load_policy(folder: str | Path, config: PolicyConfig, trainable: bool = True) -> Policy:
     """A sharded policy, or with `trainable=False` a sharded KL reference: parameters in the compute
-    type, no gradients."""
+    type, no gradients. Each rank reads its own slices of the folder's files."""
     compute = getattr(torch, config.dtype)
     stored = getattr(torch, config.parameters) if trainable else compute
-    policy = Policy(load_model(folder, stored, attention(config)), config.head_tokens)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            _without_dropout(folder),
+            dtype=stored,
+            attn_implementation=attention(config),
+            trust_remote_code=False,
+        )
+    policy = Policy(model, config.head_tokens)
     policy.requires_grad_(trainable).train(trainable)
     if trainable and config.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    parallel.shard(policy, policy.model.model.layers, compute, trainable)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parallel.shard(policy, model.model.layers, compute, trainable)
+    policy.to_empty(device=parallel.device())
+    rotary = model.model.rotary_emb  # its tables are computed, not read
+    model.model.rotary_emb = type(rotary)(config=model.config).to(parallel.device())
+    _read_weights(model, Path(folder))
     return policy
+
+
+@torch.no_grad()
+def _read_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Fill this rank's shards. check_weights has compared names and shapes."""
+    shards = {name: parallel.own_rows(p) for name, p in model.named_parameters()}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as f:
+            for name in shards.keys() & f.keys():
+                rows, start = shards.pop(name)
+                rows.copy_(f.get_slice(name)[start : start + len(rows)])
+    if shards:
+        raise ValueError(f"model {folder}: its files lack {', '.join(sorted(shards))}")
 
 
 def export(policy: Policy, source: Path, folder: Path) -> None:

@@ -54,7 +54,7 @@ class SamplingParams(Options):
 
 @dataclass(frozen=True)
 class EngineConfig(Options):
-    """vLLM's memory. Not in the paper; the GPU values are for GPUs of 80-96 GB and have not been
+    """vLLM's engine. Not in the paper; the GPU values are for GPUs of 80-96 GB and have not been
     run."""
 
     prefix: ClassVar[str] = "engine."
@@ -65,6 +65,9 @@ class EngineConfig(Options):
     """KV cache per rank on CPU, in GB."""
     sleep: bool = False
     """Free the engine's GPU memory while the policy trains (no effect on CPU)."""
+    async_scheduling: bool = False
+    """vLLM's scheduling of a step during the one before, its default on a GPU. Off, because on CPU
+    it does not exist and no run has shown it here."""
 
 
 class Request(NamedTuple):
@@ -126,6 +129,37 @@ def end_of_sequence(tokenizer, config: GenerationConfig) -> set[int]:
 # --------------------------------------------------------------------------------------------------
 
 
+def engine_options(config: EngineConfig, dtype: str, longest: int, rows: int, gpu: bool) -> dict:
+    """vLLM's options for rollouts of at most `longest` tokens, `rows` at once."""
+    if gpu:
+        own = dict(
+            gpu_memory_utilization=config.gpu_memory,
+            enable_sleep_mode=config.sleep,
+            async_scheduling=config.async_scheduling,
+            max_num_batched_tokens=max(8192, rows),
+        )
+    else:
+        own = dict(
+            kv_cache_memory_bytes=int(config.kv_cache_gb * 2**30),
+            enforce_eager=True,
+            max_num_batched_tokens=max(longest, 4096),
+            # With a seed per rollout, vLLM 0.32 on CPU fails on a prompt that is split into chunks.
+            enable_chunked_prefill=False,
+            block_size=32,  # prompts share full blocks only; CPU's default of 128 shares little
+        )
+    return own | dict(
+        dtype=dtype,
+        load_format="safetensors",
+        trust_remote_code=False,
+        distributed_executor_backend="external_launcher",  # the engine lives in this process
+        max_model_len=longest,
+        max_num_seqs=rows,
+        logprobs_mode="raw_logprobs",  # temperature 1, before top-k and top-p
+        generation_config="vllm",  # ignore the model's default sampling parameters
+        use_tqdm_on_load=False,
+    )
+
+
 class VLLMSampler:
     """One engine per rank. Each rollout has its own seed, but its text still depends slightly on
     the other rollouts in the batch: vLLM is not bitwise reproducible."""
@@ -148,38 +182,19 @@ class VLLMSampler:
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        memory = (
-            {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
-            if torch.cuda.is_available()
-            else {"kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30), "enforce_eager": True}
-        )
-        options = dict(
-            dtype=dtype,
-            load_format="safetensors",
-            trust_remote_code=False,
-            distributed_executor_backend="external_launcher",  # the engine lives in this process
-            seed=seed + parallel.rank(),
-            max_model_len=longest,
-            max_num_seqs=rows,
-            max_num_batched_tokens=max(longest, 4096),
-            # With a seed per rollout, vLLM 0.32 on CPU fails on a prompt that is split into chunks.
-            enable_chunked_prefill=False,
-            block_size=32,  # prompts share full blocks only; CPU's default of 128 shares little
-            logprobs_mode="raw_logprobs",  # temperature 1, before top-k and top-p
-            generation_config="vllm",  # ignore the model's default sampling parameters
-            use_tqdm_on_load=False,
-        )
+        options = engine_options(config, dtype, longest, rows, gpu=torch.cuda.is_available())
+        options["seed"] = seed + parallel.rank()
         with warnings.catch_warnings(action="ignore"):  # from vLLM's imports
             import vllm
 
-            self.llm = vllm.LLM(str(folder), **options, **memory)
+            self.llm = vllm.LLM(str(folder), **options)
         set_seed(seed)  # the engine has set the process's global seeds
         self._request_params = vllm.SamplingParams
         self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self.tokenizer = tokenizer
         self.eos = end_of_sequence(tokenizer, generation_config(folder))
         self.dtype = getattr(torch, dtype)
-        self.sleeps, self.asleep = config.sleep, False
+        self.sleeps, self.asleep = config.sleep and torch.cuda.is_available(), False
         self.weight_version = version
         self.llm.update_weight_version(version)
         self._expected_names = weight_shapes(Path(folder)).keys() | {"lm_head.weight"}
@@ -387,8 +402,8 @@ class TransformersSampler:
             logits_to_keep=1,
         )
         logits = output.logits[:, -1].float()  # a row per prompt
-        group_sizes = torch.tensor([len(group) for group in groups], device=device)
-        rows = torch.arange(len(groups), device=device).repeat_interleave(group_sizes)  # (B,)
+        rows = [k for k, group in enumerate(groups) for _ in group]
+        rows = torch.tensor(rows, device=device)  # (B,)
         cache.batch_select_indices(rows)
         return logits[rows], cache, attended[rows]
 

@@ -1,9 +1,12 @@
-"""Memory of each GPU by formula, for a model and a machine that need not be there.
+"""Memory and work of each GPU, for a model and a machine that need not be there.
 
     python bench/memory.py --model DIR --gpus 4 --gpu_gb 96
 
-DIR needs a config.json and nothing else. A test holds the formulas (backend/footprint.py)
-against a measured step on CPU; no GPU has been measured.
+DIR needs a config.json and nothing else. Each case is traced: the run's own step is taken on a GPU
+that is not there (fake_gpu.py), where memory, FLOPs and traffic are counted and nothing is
+computed; beside it stands the formula that --dry_run uses (backend/footprint.py). About a quarter
+of a minute a case for Qwen3-4B. No GPU has been measured: a CUDA context, NCCL's buffers and
+fragmentation are in the margin and not in the trace.
 """
 
 import argparse
@@ -13,9 +16,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import gpu_trace  # noqa: E402
+
 from backend import footprint  # noqa: E402
 from backend.model_folder import model_size  # noqa: E402
 from config import PRESETS  # noqa: E402
+
+# bf16 FLOP/s without sparsity and bytes/s of memory, by the makers' data sheets.
+CARDS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+# Prompt tokens, response tokens of each rollout, prompts a rank, options of the policy.
+CASES = {
+    "4,096 + 8,192 + 4,096": (4096, [8192, 4096], 2, {}),
+    "1,000 + 8 x 1,000": (1000, [1000] * 8, 2, {}),
+    "1,000 + 8,192": (1000, [8192], 2, {}),
+    "the first, official": (4096, [8192, 4096], 2, {"parameters": "bfloat16"}),
+    "the first, kept": (4096, [8192, 4096], 2, {"gradient_checkpointing": False}),
+    "2 x 8,192, padded": (4096, [4096, 4096], 2, {"shared_prefix": False}),
+}
 
 
 def main() -> None:
@@ -25,29 +42,61 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder with a config.json")
     parser.add_argument("--gpus", type=int, default=4, help="ranks")
     parser.add_argument("--gpu_gb", type=float, default=96, help="memory of each, GB (10^9 bytes)")
+    parser.add_argument("--card", choices=CARDS, default="H100", help="for the bound on time")
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="decides the rest")
-    parser.add_argument("--sleep", action="store_true", help="vLLM gives its memory back")
+    parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES))
     args = parser.parse_args()
     config, size = replace(PRESETS[args.preset], sampler="vllm"), model_size(args.model)
-    config = replace(config, engine=replace(config.engine, sleep=args.sleep))
     machine = footprint.Machine(args.gpu_gb * 1e9, cuda=True)
-    parts = footprint.training(config, size, args.gpus)
-    parts["margin"] = (footprint.MARGIN - 1) * sum(parts.values())
-    parts["vLLM: weights, KV cache"] = footprint.engine(config, size, machine)
-    tokens = config.policy.micro_batch_tokens
     print(f"{size.kind}, {size.parameters / 1e9:.2f} B parameters, preset {args.preset}, "
-          f"{args.gpus} GPUs, micro-batches of {tokens:,} tokens\n")  # fmt: skip
-    for name, value in parts.items():
-        print(f"  {name:<34}{value / 1e9:8.1f} GB")
-    print(f"  {'of ' + format(args.gpu_gb, 'g') + ' GB':<34}{sum(parts.values()) / 1e9:8.1f} GB")
-    free = machine.memory - parts["vLLM: weights, KV cache"]
-    fit = footprint.tokens_that_fit(config, size, args.gpus, free)
-    longest = config.longest_row
-    print(f"\n  tokens of a micro-batch that fit  {fit:10,}"
-          + ("" if fit >= longest else f"   fewer than one row of {longest:,}"))  # fmt: skip
-    capacity = footprint.kv_tokens(config, size, machine)
-    print(f"  tokens in vLLM's KV cache         {capacity:10,}"
-          + ("" if capacity >= longest else f"   fewer than a rollout of {longest:,}"))  # fmt: skip
+          f"{args.gpus} GPUs. GB a GPU: peaks as traced, RL step by formula and its ratio.\n"
+          f"An RL step of {config.batch} x {config.rollouts} such rollouts: PFLOP a GPU, seconds "
+          f"that a {args.card} takes at least,\nand seconds of its full memory bandwidth for what "
+          "kernels read and write.\n")  # fmt: skip
+    head = ("load", "reference", "RL step", "formula", "ratio", "PFLOP", "s", "traffic s")
+    print(f"{'':24}" + "".join(f"{name:>11}" for name in head), flush=True)
+    peak = 0.0
+    for name in args.case:
+        prompt, responses, prompts, options = CASES[name]
+        policy = replace(config.policy, **options)
+        with gpu_trace.rank(Path(args.model), policy, args.gpus) as rank:
+            rank.rl_steps(prompt, responses, prompts * args.gpus)
+        stages = rank.stages
+        rows = len(responses)
+        tokens = prompt + sum(responses)
+        if not policy.shared_prefix:
+            tokens = rows * (prompt + max(responses))
+        same = replace(config, policy=policy, prompt_tokens=prompt, rollouts=max(2, rows))
+        formula = sum(footprint.training(same, size, args.gpus, True, tokens).values())
+        step = stages["RL step"].peak
+        scale = config.batch * config.rollouts / args.gpus / (prompts * rows)
+        flops = scale * (stages["reference"].flops + stages["RL step"].flops)
+        moved = scale * (stages["reference"].moved + stages["RL step"].moved)
+        speed, bandwidth = CARDS[args.card]
+        print(f"{name:24}" + "".join(f"{x:11.2f}" for x in (
+            stages["load"].peak / 1e9, stages["reference"].peak / 1e9, step / 1e9, formula / 1e9,
+            formula / step, flops / 1e15, flops / speed, moved / bandwidth,
+        )), flush=True)  # fmt: skip
+        if not options:
+            peak = max(peak, step)
+    with gpu_trace.rank(Path(args.model), config.policy, args.gpus) as rank:
+        rank.sft_steps(1000, [1000] * config.sft.batch)
+        rank.hand_over()
+        tuning, hand_over = rank.stages["distillation"], rank.stages["hand-over"]
+    print(f"\ndistillation, {config.sft.batch} x (1,000 + 1,000)      {tuning.peak / 1e9:8.2f} GB, "
+          f"{tuning.flops / 1e15:.2f} PFLOP an update, at least {tuning.flops / speed:.2f} s\n"
+          f"hand-over, beside what a step leaves    {hand_over.peak / 1e9:8.2f} GB")  # fmt: skip
+    if not peak:
+        return
+    needed = peak * footprint.MARGIN + footprint.CONTEXT
+    print(f"\nlargest peak of the preset's cases      {peak / 1e9:8.2f} GB\n"
+          f"with margin, CUDA context and NCCL      {needed / 1e9:8.2f} GB\n"
+          f"left for vLLM                           {args.gpu_gb - needed / 1e9:8.2f} GB; it takes "
+          f"{footprint.engine(config, size, machine) / 1e9:.2f} (--engine.gpu_memory), of which "
+          f"{footprint.kv_tokens(config, size, machine):,} tokens of cache")  # fmt: skip
+    free = machine.memory - footprint.engine(config, size, machine)
+    fit = footprint.tokens_that_fit(config, size, machine, args.gpus, free)
+    print(f"tokens of a micro-batch that fit        {fit:8,}")
 
 
 if __name__ == "__main__":

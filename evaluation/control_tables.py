@@ -1,222 +1,177 @@
-"""Is it self-evaluation? Tables of the controls in controls.py; none of them is in the paper."""
+"""Is it self-evaluation? Tables of the controls in predictors.py and controls.py; none is in the
+paper."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from evaluation import controls, intervals, metrics
-from evaluation.controls import Ordering, calibrations
-from evaluation.intervals import NOTHING, Difference
-from evaluation.paper_tables import calibration, preferences, quality
+from evaluation import controls, intervals, metrics, predictors
+from evaluation.intervals import Estimate
+from evaluation.paper_tables import calibration
+from evaluation.predictors import calibrations
 from evaluation.results import Cell, Key
 from evaluation.table import Column, Results, Table, Values, mean, measure, ratio, rows, statistic
 
+# --------------------------------------------------------------------------------------------------
+# Predictors that know less
+
+
+def predicted(c: Cell, scores: np.ndarray | None) -> Values:
+    """Calibration of predicted scores in place of the model's: (N, 5), NaN where nothing is
+    predicted, or one vector (5,) for all, or None."""
+    if scores is None or not c.valid:
+        return [], []
+    scores = np.broadcast_to(np.asarray(scores, float), c.j.shape)
+    some = ~np.isnan(scores).any(1)
+    return calibrations(scores[some], c.j[some], c.gamma), c.prompts[some]
+
 
 def window_constant(c: Cell) -> Values:
-    """Calibration of the score vector that is best on the training window's judgements."""
-    if not c.window:
+    return predicted(c, c.window and c.window.constant)
+
+
+def last_constant(c: Cell) -> Values:
+    return predicted(c, c.window and c.window.last_constant)
+
+
+def prompt_only(c: Cell) -> Values:
+    """On the prompts whose hidden states are on file."""
+    fit = c.window and c.window.prompt_only
+    ids = [p for p in dict.fromkeys(c.prompts) if p in c.prompt_states]
+    if not fit or not ids:
         return [], []
-    return calibrations(c.window.constant, c.j, c.gamma), c.prompts
+    scores = dict(zip(ids, fit.predict(np.array([c.prompt_states[p] for p in ids])), strict=True))
+    nothing = np.full(5, np.nan)
+    return predicted(c, np.array([scores.get(p, nothing) for p in c.prompts]))
 
 
-COMPARISONS = "Comparisons"
-PRIMARY = "calibration - the best constant's"
-Side = Callable[[Cell], Values]
+def surface(c: Cell) -> Values:
+    if not c.window or not c.valid:
+        return [], []
+    return predicted(c, c.surface_scores)
 
 
-def compared(results: Results, model: str) -> dict[str, tuple[Side, Side]]:
-    """What is compared of a model: ours - theirs."""
-    base = results.base
-    pairs: dict[str, tuple[Side, Side]] = {
-        PRIMARY: (calibration, window_constant),
-        "pairs of a prompt ordered right - half": (
-            lambda c: orderings(c, lambda o: o.right),
-            lambda c: orderings(c, lambda o: o.pairs / 2),
-        ),
-    }
-    for other in results.models[: results.models.index(model)]:
-        pairs[f"calibration - {other}'s"] = (calibration, by_model(other, calibration))
-        pairs[f"quality - {other}'s"] = (quality, by_model(other, quality))
-    if model != base:
-        pairs[f"on {base}'s answers: calibration of its scores - {base}'s"] = (
-            lambda c: calibration(c.of(base).rescored(model)),
-            lambda c: calibration(c.of(base).rescored(base)),
-        )
-        pairs["response win-rate - half"] = (
-            lambda c: preferences(c, lambda x: (x["result"] + 1) / 2),
-            lambda c: preferences(c, lambda x: 0.5),
-        )
-    return pairs
-
-
-def by_model(model: str, values: Side) -> Side:
-    """Another model's values."""
-    return lambda c: values(c.of(model))
-
-
-def orderings(c: Cell, value: Callable[[Ordering], float]) -> Values:
-    """One value for each prompt with answers that the judge tells apart."""
-    by_prompt = dict(zip(dict.fromkeys(c.prompts), c.within, strict=True))
-    compared = {prompt: value(o) for prompt, o in by_prompt.items() if o.pairs}
-    return list(compared.values()), list(compared)
-
-
-def comparisons(results: Results) -> Table:
-    """The primary endpoint, and all other comparisons corrected together."""
-    primary = (results.benchmarks[0], results.models[-1], PRIMARY)
-    differences = {
-        (b, m, name): difference(cells, *sides)
-        for b, m, cells in results.each()
-        for name, sides in compared(results, m).items()
-    }
-    first = {primary: differences.pop(primary)}
-    others = {key: d for key, d in differences.items() if d.interval.mean is not None}
-    corrected = intervals.holm({key: d.p for key, d in others.items()}) | {primary: "primary"}
-    return Table.of(
-        COMPARISONS,
-        "Primary endpoint, of the first benchmark and the last model: calibration on held-out "
-        "prompts minus that of the best constant of the training window. All others are corrected "
-        "together (Holm). Prompts are paired; the p-value is of a permutation test over prompts, "
-        "or of a t test over evaluations where there are several.",
-        [
-            {"benchmark": key[0], "model": key[1], "difference": key[2], "mean": d.interval,
-             "p": d.p, "corrected p": corrected[key]}
-            for key, d in (first | others).items()
-        ],
-    )  # fmt: skip
-
-
-def significant(row: Mapping) -> bool:
-    """Whether a row of `comparisons` has a p-value below 0.05, corrected unless it is the primary
-    endpoint's."""
-    p = row["p"] if row["corrected p"] == "primary" else row["corrected p"]
-    return p is not None and p < 0.05
-
-
-def differ_from_base(comparisons: Table, base: str) -> set[tuple[str, str, str]]:
-    """(benchmark, model, "quality" or "calibration") of the figures that differ from the base's."""
-    return {
-        (row["benchmark"], row["model"], header)
-        for row in comparisons.frame.to_dict("records")
-        for header in ("quality", "calibration")
-        if row["difference"] == f"{header} - {base}'s" and significant(row)
-    }
-
-
-def difference(cells: list[Cell], ours: Side, theirs: Side) -> Difference:
-    """Paired by prompt within one evaluation, by evaluation where there are several."""
-    runs = [(by_prompt(*ours(cell)), by_prompt(*theirs(cell))) for cell in cells]
-    if len(runs) == 1:
-        return intervals.paired(*runs[0])
-    values = [list(intervals.differences(*sides).values()) for sides in runs]
-    if not all(values):
-        return Difference(NOTHING, None)
-    return intervals.paired_seeds(list(map(np.mean, values)), [0.0] * len(values))
-
-
-def by_prompt(values: Sequence[float], prompts: Sequence[str]) -> dict[str, list[float]]:
-    grouped: dict[str, list[float]] = {}
-    for value, prompt in zip(values, prompts, strict=True):
-        grouped.setdefault(prompt, []).append(float(value))
-    return grouped
-
-
-def predicted(predict: Callable[[Cell], np.ndarray | None]) -> Column:
-    """Calibration of predicted scores in place of the model's. `predict`: of a cell (N, 5), NaN
-    where nothing is predicted, or one vector (5,) for all, or None."""
-
-    def values(c: Cell) -> Values:
-        scores = predict(c) if c.valid else None
-        if scores is None:
-            return [], []
-        scores = np.broadcast_to(np.asarray(scores, float), c.j.shape)
-        some = ~np.isnan(scores).any(1)
-        return calibrations(scores[some], c.j[some], c.gamma), c.prompts[some]
-
-    return mean(values)
-
-
-def recalibrated(c: Cell, base: str, fit: Callable) -> np.ndarray | None:
+def recalibrated(c: Cell, base: str, fit: Callable) -> Values:
     """The base model's scores for these answers, corrected by a fit on those for the window's."""
     indices, scores = c.match(c.scores_by(base))
-    if not c.window or len(indices) < len(c.valid) or not len(c.window.fit[0]):
+    if not c.window or not len(c.window.fit[0]) or not indices:
+        return [], []
+    corrected = np.full(c.j.shape, np.nan)
+    corrected[indices] = fit(*c.window.fit, np.array(scores))
+    return predicted(c, corrected)
+
+
+def references(c: Cell) -> Values:
+    """The median human label of the prompt's reference responses."""
+    medians = {p: predictors.digits(np.median(x, axis=0)) for p, x in c.references.items()}
+    nothing = [np.nan] * 5
+    return predicted(c, np.array([medians.get(p, nothing) for p in c.prompts]).reshape(-1, 5))
+
+
+def repeats(c: Cell, figure: Callable) -> dict[Key, float]:
+    """By answer that was judged repeatedly: a figure of the judge's scores, where it has one."""
+    found = {key: figure(draws, c.gamma) for key, draws in c.draws.items() if len(draws) > 1}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def of_repeats(figure: Callable) -> Callable[[Cell], Values]:
+    def values(c: Cell) -> Values:
+        found = repeats(c, figure)
+        return list(found.values()), [prompt for prompt, _ in found]
+
+    return values
+
+
+def leave_one_out(draws: list, gamma: float) -> float:
+    return metrics.agreement_with(draws, len(draws) - 1, gamma)
+
+
+def skill(c: Cell) -> Estimate | None:
+    """Share of the way from the best constant to the ceiling, on the answers that have one."""
+    indices, tops = c.match(repeats(c, metrics.ceiling))
+    if not c.window or not indices:
         return None
-    return fit(*c.window.fit, np.array(scores))
+    constant = calibrations(c.window.constant, c.j[indices], c.gamma)
+    columns = np.stack([c.calibration[indices], constant, tops], axis=1)
+
+    def share(sums: np.ndarray) -> np.ndarray:
+        own, fixed, top = np.moveaxis(sums, -1, 0)
+        return np.where(top > fixed, (own - fixed) / (top - fixed), np.nan)
+
+    return intervals.of_sums(share, columns, c.prompts[indices])
 
 
-def surface(c: Cell) -> np.ndarray | None:
-    if not c.window:
-        return None
-    texts = [r.answer for r in c.window.rollouts]
-    return controls.surface(texts, c.window.j, [r.answer for r in c.valid])
+def across_prompts(c: Cell) -> Estimate | None:
+    """The model's scores against answers to other prompts."""
+    pairs = np.stack([c.shuffled.sums, c.shuffled.counts])
+    return intervals.of_pairs(lambda x: x[..., 0] / x[..., 1], pairs, c.shuffled.prompts)
 
 
-def references(c: Cell) -> np.ndarray:
-    """The mean human label of the prompt's reference responses."""
-    means = {p: controls.digits(np.mean(labels, axis=0)) for p, labels in c.references.items()}
-    return np.array([means.get(prompt, [np.nan] * 5) for prompt in c.prompts])
-
-
-def repeats(c: Cell) -> dict[Key, list[float]]:
-    """By answer: calibration of the judge's repeats against each other."""
-    return {
-        key: metrics.leave_one_out_calibration(draws, c.gamma)
-        for key, draws in c.draws.items()
-        if len(draws) > 1
-    }
-
-
-def ceiling(c: Cell) -> Values:
-    pairs = [(value, prompt) for (prompt, _), values in repeats(c).items() for value in values]
-    return [value for value, _ in pairs], [prompt for _, prompt in pairs]
-
-
-def skill(c: Cell) -> tuple[Callable, Sequence]:
-    """On the answers that were judged repeatedly."""
-    by_answer = repeats(c)
-    values = [by_answer.get(key, []) for key in c.keys]
-    counts, sums = np.array(list(map(len, values)), int), np.array(list(map(sum, values)), float)
-    constant, _ = window_constant(c)
-
-    def figure(indices: np.ndarray) -> float | None:
-        indices = indices[counts[indices] > 0]
-        if not c.window or not len(indices):
-            return None
-        top = sums[indices].sum() / counts[indices].sum()
-        return controls.skill(c.calibration[indices].mean(), constant[indices].mean(), top)
-
-    return figure, c.prompts
-
-
-def predictors(results: Results) -> Table:
+def predictors_table(results: Results) -> Table:
     base = results.base
     columns = {
         "its scores": mean(calibration),
         "most probable": mean(lambda c: calibration(c.rescored(c.model))),
+        "uniform guess": mean(lambda c: (predictors.uniform_guess(c.j, c.gamma), c.prompts)),
         "window constant": mean(window_constant),
-        "test constant": predicted(lambda c: metrics.best_constant(c.j.tolist(), c.gamma)),
-        "shuffled": statistic(lambda c: (c.shuffled.across, range(len(c.shuffled.sums)))),
-        "within": ratio(lambda c: (np.diag(c.shuffled.sums), np.diag(c.shuffled.counts))),
-        "offset": predicted(lambda c: recalibrated(c, base, controls.offset)),
-        "isotonic": predicted(lambda c: recalibrated(c, base, controls.isotonic)),
-        "surface": predicted(surface),
-        "other samples": predicted(lambda c: controls.other_samples(c.j, c.prompts)),
-        "references": predicted(references),
-        "ceiling": mean(ceiling),
-        "skill": statistic(skill),
+        "last constant": mean(last_constant),
+        "test constant": mean(
+            lambda c: predicted(c, predictors.best_constant(c.j, c.gamma) if c.valid else None)
+        ),
+        "prompt only": mean(prompt_only),
+        "shuffled": statistic(across_prompts),
+        "within": ratio(
+            lambda c: (np.diag(c.shuffled.sums), np.diag(c.shuffled.counts), c.shuffled.prompts)
+        ),
+        "offset": mean(lambda c: recalibrated(c, base, predictors.offset)),
+        "rising curve": mean(lambda c: recalibrated(c, base, predictors.rising)),
+        "surface": mean(surface),
+        "other samples": mean(lambda c: predicted(c, predictors.other_samples(c.j, c.prompts))),
+        "references": mean(references),
     }
     return Table.of(
         "Calibration beside predictors that know less",
-        "Most probable: the digits it finds most probable, not those it sampled. Window constant: "
-        "the best one vector on the training window's judgements. Test constant: "
-        "on these very answers. Shuffled: the model's scores against other answers, across and "
-        f"within prompts. Offset, isotonic: {base}'s scores for these answers, recalibrated on "
-        "the window. Surface: length and form, fitted on the window. Other samples: the judge's "
-        "mean for the prompt's other answers. References: the mean human label of the prompt's "
-        "reference responses. Ceiling: the judge against itself. Skill: "
-        "(calibration - window constant) / (ceiling - window constant).",
+        "Most probable: the digits it finds most probable, not those it sampled. Uniform guess: "
+        "five random digits. Window and last constant: the best one vector on the training run's "
+        "first and last cycle's judgements. Test constant: on these very answers. Prompt only: "
+        f"ridge regression on {base}'s last hidden state of the prompt. Shuffled: the model's "
+        "scores against other answers, across and within prompts. Offset, rising curve: "
+        f"{base}'s scores for these answers, recalibrated on the window by their median. Surface: "
+        "length and form, a median fit on the window. Other samples: the judge's median for the "
+        "prompt's other answers. References: the median human label of the prompt's reference "
+        "responses.",
         rows(results, columns),
-        higher=("its scores", "most probable", "skill"),
+        higher=("its scores", "most probable"),
+    )
+
+
+def ceiling(results: Results) -> Table:
+    """How well the judge's scores can be predicted at all."""
+    repeated = of_repeats(metrics.ceiling)
+
+    def on_the_same(values: Callable[[Cell], np.ndarray]) -> Column:
+        def kept(c: Cell) -> Values:
+            indices, _ = c.match(repeats(c, leave_one_out))
+            return values(c)[indices], c.prompts[indices]
+
+        return mean(kept)
+
+    columns = {
+        "its scores": on_the_same(lambda c: c.calibration),
+        "another judgement": mean(of_repeats(lambda draws, g: metrics.agreement_with(draws, 1, g))),
+        "leave-one-out agreement": mean(of_repeats(leave_one_out)),
+        "ceiling": mean(repeated),
+        "skill": statistic(skill),
+    }
+    return Table.of(
+        "The judge against itself",
+        "On the answers that were judged repeatedly (evaluate.py --repeat). Calibration of another "
+        "judgement of the same answer, of the median of all others (leave-one-out agreement, which "
+        "is no ceiling: the median of a few judgements is noisy), and of the judge's own median, "
+        "by extrapolation to infinitely many judgements (needs four). Skill: (calibration - window "
+        "constant) / (ceiling - window constant).",
+        rows(results, columns, lambda c: any(len(draws) > 1 for draws in c.draws.values())),
+        higher=("its scores", "skill"),
     )
 
 
@@ -239,38 +194,50 @@ def answers_by_scorers(results: Results) -> Table:
     )
 
 
+def pairs_right(c: Cell) -> tuple[list, list, list]:
+    """Pairs of a prompt's answers ordered right, pairs that the judge tells apart, prompts."""
+    found = c.within
+    return [o.right for o in found.values()], [o.pairs for o in found.values()], list(found)
+
+
 def discrimination(results: Results) -> Table:
     """Does the model tell answers to the same prompt apart, or only prompts?"""
 
     def taus(c: Cell) -> Values:
-        values = [o.tau for o in c.within if o.tau is not None]
-        return values, range(len(values))
+        known = {prompt: o.tau for prompt, o in c.within.items() if o.tau is not None}
+        return list(known.values()), list(known)
 
-    def between(name: str) -> Column:
-        """A field of the ordering of the prompts' means."""
+    def constant(cells: list[Cell]) -> int:
+        """Prompts that the judge's scores of its answers tell apart, but not the model's."""
+        found = (o for c in cells for o in c.within.values())
+        return sum(o.pairs > 0 and o.tau is None for o in found)
 
-        def prepare(c: Cell) -> tuple[Callable, Sequence]:
+    def between(figure: Callable[[np.ndarray], np.ndarray]) -> Column:
+        """Of the prompts' means."""
+
+        def prepare(c: Cell) -> Estimate | None:
             own, judge = (controls.prompt_means(x, c.prompts) for x in (c.own_quality, c.quality))
-            return lambda i: getattr(controls.ordering(own[i], judge[i]), name), range(len(own))
+            ids = list(dict.fromkeys(c.prompts))
+            return intervals.of_pairs(figure, controls.pair_sums(own, judge), ids)
 
         return statistic(prepare)
 
     columns = {
-        "pairs": lambda cells: sum(o.pairs for cell in cells for o in cell.within),
-        "within: accuracy": ratio(
-            lambda c: ([o.right for o in c.within], [o.pairs for o in c.within])
-        ),
+        "pairs": lambda cells: sum(o.pairs for cell in cells for o in cell.within.values()),
+        "within: accuracy": ratio(pairs_right),
         "within: tau": mean(taus),
-        "between: accuracy": between("accuracy"),
-        "between: tau": between("tau"),
+        "prompts without a tau": constant,
+        "between: accuracy": between(controls.accuracy),
+        "between: tau": between(controls.tau_b),
     }
     return Table.of(
         "Telling answers apart, by quality",
         "Pairs of answers that the judge tells apart: share that the model orders alike (its ties "
         "count half; 0.5 is chance), and Kendall's tau-b; within prompts, and between the prompts' "
-        "means.",
+        "means. Where the model gives all answers to a prompt the same quality, there is no tau: "
+        "these prompts are counted, and are in the accuracy.",
         rows(results, columns, lambda c: c.valid),
-        higher=[header for header in columns if header != "pairs"],
+        higher=[header for header in columns if ":" in header],
     )
 
 
@@ -284,7 +251,8 @@ def choice_of_responses(results: Results) -> Table:
 
     def malformed_as_0(c: Cell) -> Values:
         values = dict(zip(c.keys, c.calibration, strict=True))
-        keys = [(r.prompt_id, r.sample) for r in c.rollouts]
+        counted = (r for r in c.rollouts if r.self_scores is None or r.judge_scores is not None)
+        keys = [(r.prompt_id, r.sample) for r in counted]
         return [values.get(key, 0.0) for key in keys], [prompt for prompt, _ in keys]
 
     def forced_block(c: Cell) -> Values:
@@ -318,4 +286,4 @@ def choice_of_responses(results: Results) -> Table:
     )
 
 
-TABLES = (comparisons, predictors, answers_by_scorers, discrimination, choice_of_responses)
+TABLES = (predictors_table, ceiling, answers_by_scorers, discrimination, choice_of_responses)

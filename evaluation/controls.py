@@ -1,151 +1,23 @@
-"""Is it self-evaluation? Controls for the figures of Sec. 4.
+"""Is it self-evaluation? Figures beside those of Sec. 4, none of which is in the paper: does the
+model tell answers apart, what do its ten digits say, where does its error come from, what are the
+scores good for (Sec. 5 names the uses). predictors.py has the predictors that know less.
 
-A score vector that knows nothing of the answer can reach a high calibration too. So each figure is
-shown beside predictors that know less than the model is said to know, beside metrics that nothing
-was trained on, and beside what the scores are good for. None of this is in the paper; Sec. 5 names
-the uses.
-
-Predictors are fitted on the training window's judgements (arguments `fit_...`) and tested on
-others. They answer in digits, as the model has to.
+Many are given as intervals.py wants them: functions of sums over responses, (..., K) -> (...), or
+of weights, (B, N) -> (B,), nan where they are not defined.
 
 Shapes: N responses, 5 attributes, 10 digits. s, j: (N, 5) integers 0-9, the model's scores and the
 judge's. prompts: the N prompt ids. logp: (N, 5, 10) log-probabilities of the digit tokens.
 """
 
-import math
-import re
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
-from scipy.stats import kendalltau, rankdata
-from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LinearRegression
 
-from reward import RewardConfig
+from evaluation.predictors import groups
 
-GAMMA = RewardConfig.gamma
-QUALITY = slice(0, 3)  # helpfulness, correctness, coherence
-
-
-def calibrations(s: np.ndarray, j: np.ndarray, gamma: float = GAMMA) -> np.ndarray:
-    """(..., 5), (..., 5) -> (...): reward.calibration of each pair (Sec. 4.1)."""
-    return (1 - np.abs(np.asarray(s, float) - j).mean(-1) / 9) ** gamma
-
-
-def attribute_calibrations(s: np.ndarray, j: np.ndarray, gamma: float = GAMMA) -> np.ndarray:
-    """(..., 5), (..., 5) -> (..., 5): the calibration of each attribute alone (Figure 3)."""
-    return calibrations(np.asarray(s)[..., None], np.asarray(j)[..., None], gamma)
-
-
-def qualities(scores: np.ndarray) -> np.ndarray:
-    """(..., 5) -> (...): reward.quality of each."""
-    return np.asarray(scores, float)[..., QUALITY].mean(-1) / 9
-
-
-def digits(x: np.ndarray) -> np.ndarray:
-    """The nearest scores that can be written."""
-    return np.clip(np.rint(x), 0, 9).astype(int)
-
-
-def groups(prompts: Sequence[str]) -> list[np.ndarray]:
-    """Indices of each prompt's responses, prompts in order of appearance."""
-    indices = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        indices[prompt].append(i)
-    return [np.array(group) for group in indices.values()]
-
-
-# --------------------------------------------------------------------------------------------------
-# Trivial predictors: (N, 5) digits, NaN where nothing is predicted
-
-
-def offset(fit_s: np.ndarray, fit_j: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """The model's own scores, moved by the median difference of each attribute."""
-    return digits(np.asarray(s) + np.median(np.asarray(fit_j) - fit_s, axis=0))
-
-
-def isotonic(fit_s: np.ndarray, fit_j: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """The model's own scores through the best rising curve of each attribute."""
-    columns = [
-        IsotonicRegression(out_of_bounds="clip").fit(x, y).predict(z)
-        for x, y, z in zip(np.asarray(fit_s, float).T, np.asarray(fit_j, float).T,
-                           np.asarray(s, float).T, strict=True)
-    ]  # fmt: skip
-    return digits(np.stack(columns, axis=1))
-
-
-def surface_features(text: str) -> list[float]:
-    """Length and form of an answer; they can be counted without understanding it."""
-    words = text.split()
-    return [
-        math.log1p(len(words)),
-        math.log1p(text.count("\n")),
-        math.log1p(len(re.findall(r"^\s*([-*]|\d+[.)])\s", text, re.MULTILINE))),
-        float("```" in text),
-        sum(c.isdigit() for c in text) / max(1, len(text)),
-        sum(map(len, words)) / max(1, len(words)),
-        len(set(words)) / max(1, len(words)),
-    ]
-
-
-def surface(fit_texts: Sequence[str], fit_j: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """The judge's scores by a linear fit on surface features."""
-    fit_x, x = ([surface_features(text) for text in group] for group in (fit_texts, texts))
-    return digits(LinearRegression().fit(fit_x, fit_j).predict(x))
-
-
-def other_samples(j: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """The judge's mean for the prompt's other responses: it knows the prompt, and not the response.
-    NaN where there is no other."""
-    j = np.asarray(j, float)
-    predicted = np.full(j.shape, np.nan)
-    for g in groups(prompts):
-        if len(g) > 1:
-            predicted[g] = digits((j[g].sum(0) - j[g]) / (len(g) - 1))
-    return predicted
-
-
-class Shuffled(NamedTuple):
-    """Calibration of each response's scores against the judge's scores of other responses. Entry
-    (p, q) is over pairs of a response to prompt p (the model's scores) and one to prompt q (the
-    judge's); a response's pair with itself is excluded."""
-
-    sums: np.ndarray  # (P, P) sum of calibrations
-    counts: np.ndarray  # (P, P) number of pairs
-
-    def across(self, chosen: np.ndarray) -> float | None:
-        """Mean over pairs of responses to different prompts. chosen: indices of prompts; one that
-        stands there twice counts twice. None where there is no pair."""
-        weight = np.bincount(chosen, minlength=len(self.sums)).astype(float)
-        total, count = (
-            weight @ x @ weight - weight**2 @ np.diag(x) for x in (self.sums, self.counts)
-        )
-        return float(total / count) if count else None
-
-
-def shuffled(
-    s: np.ndarray, j: np.ndarray, prompts: Sequence[str], gamma: float = GAMMA
-) -> Shuffled:
-    """What the model's scores are worth for other responses; own pairs excluded. Prompts in sorted
-    order."""
-    s, j = np.asarray(s), np.asarray(j)
-    unique, prompt_of, size = np.unique(prompts, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(unique), len(unique)))
-    for i in range(len(s)):
-        values = calibrations(s[i], j, gamma)
-        values[i] = 0  # own pairs excluded
-        sums[prompt_of[i]] += np.bincount(prompt_of, values, len(unique))
-    return Shuffled(sums, (np.outer(size, size) - np.diag(size)).astype(float))
-
-
-def skill(calibration: float, constant: float, ceiling: float) -> float | None:
-    """Share of the way from the best constant to the judge's agreement with itself. None where the
-    constant reaches the ceiling."""
-    return (calibration - constant) / (ceiling - constant) if ceiling > constant else None
-
+DIGITS = np.arange(10)
 
 # --------------------------------------------------------------------------------------------------
 # Does it tell answers to the same prompt apart?
@@ -163,25 +35,38 @@ class Ordering(NamedTuple):
         return self.right / self.pairs if self.pairs else None
 
 
-def ordering(x: Sequence[float], y: Sequence[float]) -> Ordering:
-    """x: the model's figures, y: the judge's, one per response.
+def pair_sums(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
+    """(3, n, n) by ordered pair: the product of the signs of their differences in x and y, whether
+    they differ in x, whether in y."""
+    x, y = (np.sign(np.subtract.outer(v, v)) for v in (np.asarray(x, float), np.asarray(y, float)))
+    return np.stack([x * y, x != 0, y != 0])
 
-    Over n pairs, C of them ordered alike and D the other way round,
-    tau-b = (C - D) / sqrt((n - ties of x) (n - ties of y)). So tau-b gives C - D, and C plus half
-    of x's ties among y's untied pairs is (untied pairs of y + C - D) / 2."""
-    n = len(x) * (len(x) - 1) // 2
-    untied_x, untied_y = (n - sum(c * (c - 1) // 2 for c in Counter(v).values()) for v in (x, y))
-    if not untied_x or not untied_y:
-        return Ordering(untied_y / 2, untied_y, None)
-    tau = float(kendalltau(x, y).statistic)
-    return Ordering((untied_y + tau * math.sqrt(untied_x * untied_y)) / 2, untied_y, tau)
+
+def accuracy(sums: np.ndarray) -> np.ndarray:
+    """(..., 3) totals of `pair_sums` -> share of the pairs that y tells apart which x orders alike,
+    ties of x counting half."""
+    return (sums[..., 2] + sums[..., 0]) / (2 * sums[..., 2])
+
+
+def tau_b(sums: np.ndarray) -> np.ndarray:
+    """(..., 3) totals of `pair_sums` -> Kendall's tau-b."""
+    return sums[..., 0] / np.sqrt(sums[..., 1] * sums[..., 2])
+
+
+def ordering(x: Sequence[float], y: Sequence[float]) -> Ordering:
+    """x: the model's figures, y: the judge's, one per response."""
+    total = pair_sums(x, y).sum((1, 2)) / 2
+    agree, untied_x, untied_y = total
+    tau = float(tau_b(total)) if untied_x and untied_y else None
+    return Ordering(float(untied_y + agree) / 2, int(untied_y), tau)
 
 
 def within_prompts(
     x: Sequence[float], y: Sequence[float], prompts: Sequence[str]
-) -> list[Ordering]:
+) -> dict[str, Ordering]:
     """The ordering of each prompt's responses."""
-    return [ordering([x[i] for i in g], [y[i] for i in g]) for g in groups(prompts)]
+    found = groups(prompts)
+    return {prompts[g[0]]: ordering([x[i] for i in g], [y[i] for i in g]) for g in found}
 
 
 def prompt_means(x: Sequence[float], prompts: Sequence[str]) -> np.ndarray:
@@ -215,7 +100,7 @@ def ranked_probability_score(logp: np.ndarray, j: np.ndarray) -> np.ndarray:
 
 def expected_scores(logp: np.ndarray) -> np.ndarray:
     """(N, 5): mean of the ten digits under their probabilities."""
-    return digit_probabilities(logp) @ np.arange(10)
+    return digit_probabilities(logp) @ DIGITS
 
 
 def probability_below(logp: np.ndarray, threshold: float) -> np.ndarray:
@@ -231,53 +116,151 @@ def probability_below(logp: np.ndarray, threshold: float) -> np.ndarray:
     return total[:, np.arange(28) / 27 < threshold].sum(-1)
 
 
-def auroc(score: Sequence[float], truth: Sequence[bool]) -> float | None:
-    """Area under the ROC curve, from the ranks of the true ones (Mann and Whitney); None where all
-    are true or none is. A test compares it with scikit-learn's, which is too slow for a bootstrap.
-    """
-    truth = np.asarray(truth, bool)
-    n, others = int(truth.sum()), int((~truth).sum())
-    if not n or not others:
-        return None
-    return float((rankdata(score)[truth].sum() - n * (n + 1) / 2) / (n * others))
+def auroc(score: Sequence[float], truth: Sequence[bool]) -> Callable[[np.ndarray], np.ndarray]:
+    """Area under the ROC curve as a function of weights (B, N), ties counting half. A test compares
+    it with scikit-learn's, which takes one set of weights at a time."""
+    order, starts = _levels(np.asarray(score, float))
+    truth = np.asarray(truth, bool)[order]
+
+    def area(weights: np.ndarray) -> np.ndarray:
+        w = weights[:, order]
+        true, false = (np.add.reduceat(w * x, starts, axis=1) for x in (truth, ~truth))
+        below = np.cumsum(false, axis=1) - false / 2
+        return (true * below).sum(1) / (true.sum(1) * false.sum(1))
+
+    return area
 
 
-def expected_calibration_error(
-    probability: Sequence[float], truth: Sequence[bool], bins: int = 10
-) -> float:
-    """Mean distance between stated probability and frequency over equal-width bins, weighted by
-    their size."""
+def _levels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(order that sorts x, where in it each new value begins)."""
+    order = np.argsort(x, kind="stable")
+    return order, np.flatnonzero(np.r_[True, np.diff(x[order]) != 0])
+
+
+def calibration_bins(probability: Sequence[float], truth: Sequence[bool], bins: int = 10):
+    """(N, 2 * bins): of each response, in the columns of its bin, 1 and the stated probability
+    minus the truth. Bins hold equally many responses."""
     p, t = np.asarray(probability, float), np.asarray(truth, float)
-    bin_of = np.minimum((p * bins).astype(int), bins - 1)
-    return sum(abs(p[bin_of == b].sum() - t[bin_of == b].sum()) for b in range(bins)) / len(p)
+    edges = np.unique(np.quantile(p, np.arange(1, bins) / bins)) if len(p) else []
+    bin_of = np.searchsorted(edges, p, side="right")
+    columns = np.zeros((len(p), 2, bins))
+    columns[np.arange(len(p)), 0, bin_of] = 1
+    columns[np.arange(len(p)), 1, bin_of] = p - t
+    return columns.reshape(len(p), -1)
 
 
-def kappa(s: np.ndarray, j: np.ndarray) -> list[float | None]:
-    """Quadratic weighted kappa of each attribute: 1 - the mean squared difference divided by that
-    of unrelated scores with the same means and spreads. None where neither varies. A test compares
-    it with scikit-learn's, which is too slow for a bootstrap."""
-    kappas = []
-    for x, y in zip(np.asarray(s, float).T, np.asarray(j, float).T, strict=True):
-        chance = x.var() + y.var() + (x.mean() - y.mean()) ** 2
-        kappas.append(float(1 - ((x - y) ** 2).mean() / chance) if chance else None)
-    return kappas
+def calibration_error(sums: np.ndarray) -> np.ndarray:
+    """(..., 2 * bins) totals of `calibration_bins` -> mean squared distance between stated
+    probability and frequency over bins, weighted by their size. It is too high by chance alone, by
+    about what the jackknife takes off again."""
+    size, apart = np.split(sums, 2, axis=-1)
+    squares = np.divide(apart**2, size, out=np.zeros_like(apart), where=size > 0)
+    return squares.sum(-1) / size.sum(-1)
 
 
-class ErrorSplit(NamedTuple):
-    """Parts of the mean squared error of one attribute; they add up to it."""
-
-    bias: float  # (mean difference)^2
-    spread: float  # (difference of the standard deviations)^2
-    rest: float  # the remainder: scores in the wrong order
+# --------------------------------------------------------------------------------------------------
+# Parts of the error of one attribute. All are functions of how often the model says one digit and
+# the judge another, (..., 100) counts.
 
 
-def error_split(s: np.ndarray, j: np.ndarray) -> list[ErrorSplit]:
-    """One for each attribute."""
-    splits = []
-    for x, y in zip(np.asarray(s, float).T, np.asarray(j, float).T, strict=True):
-        bias, spread = (x.mean() - y.mean()) ** 2, (x.std() - y.std()) ** 2
-        splits.append(ErrorSplit(bias, spread, ((x - y) ** 2).mean() - bias - spread))
-    return splits
+def joint(s: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """(N,), (N,) digits -> (N, 100): 1 in the column of (own score, judge's score)."""
+    return np.eye(100)[np.asarray(s, int) * 10 + np.asarray(j, int)]
+
+
+class _Moments(NamedTuple):
+    """Of the model's values x and the judge's y, under counts."""
+
+    mean_x: np.ndarray
+    mean_y: np.ndarray
+    var_x: np.ndarray
+    var_y: np.ndarray
+    cov: np.ndarray
+
+
+def _moments(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> _Moments:
+    """counts: (..., 10, 10); x: (..., 10) value of each own score, y: of each of the judge's."""
+    p = counts / counts.sum((-1, -2), keepdims=True)
+    px, py = p.sum(-1), p.sum(-2)
+    mean_x, mean_y = (px * x).sum(-1), (py * y).sum(-1)
+    dx, dy = x - mean_x[..., None], y - mean_y[..., None]
+    cov = np.einsum("...ab,...a,...b->...", p, dx, dy)
+    return _Moments(mean_x, mean_y, (px * dx**2).sum(-1), (py * dy**2).sum(-1), cov)
+
+
+def _of_digits(counts: np.ndarray) -> _Moments:
+    return _moments(counts.reshape(*counts.shape[:-1], 10, 10), DIGITS, DIGITS)
+
+
+def kappa(counts: np.ndarray) -> np.ndarray:
+    """Quadratic weighted kappa: 1 - the mean squared difference divided by that of unrelated scores
+    with the same means and spreads. A test compares it with scikit-learn's."""
+    m = _of_digits(counts)
+    apart = (m.mean_x - m.mean_y) ** 2
+    return 1 - (m.var_x + m.var_y - 2 * m.cov + apart) / (m.var_x + m.var_y + apart)
+
+
+def pearson(counts: np.ndarray) -> np.ndarray:
+    """Pearson's correlation."""
+    m = _of_digits(counts)
+    return np.where(m.var_x * m.var_y > 1e-12, m.cov / np.sqrt(m.var_x * m.var_y), np.nan)
+
+
+def spearman(counts: np.ndarray) -> np.ndarray:
+    """Spearman's correlation: Pearson's of the ranks, equal scores sharing their mean rank."""
+    counts = counts.reshape(*counts.shape[:-1], 10, 10)
+    ranks = [np.cumsum(n, axis=-1) - n / 2 for n in (counts.sum(-1), counts.sum(-2))]
+    m = _moments(counts, *ranks)
+    return np.where(m.var_x * m.var_y > 1e-12, m.cov / np.sqrt(m.var_x * m.var_y), np.nan)
+
+
+def slope(counts: np.ndarray) -> np.ndarray:
+    """The judge's score for each point of the model's, by least squares: 1 is calibrated, below 1
+    the model's scores are too far apart."""
+    m = _of_digits(counts)
+    return np.where(m.var_x > 1e-12, m.cov / m.var_x, np.nan)
+
+
+def spread_ratio(counts: np.ndarray) -> np.ndarray:
+    """Standard deviation of the model's scores over that of the judge's."""
+    m = _of_digits(counts)
+    return np.where(m.var_x * m.var_y > 1e-12, np.sqrt(m.var_x / m.var_y), np.nan)
+
+
+def partial_columns(s: np.ndarray, j: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """(N,) each -> (N, 9): 1, the three, and their products."""
+    x = np.stack([np.asarray(v, float) for v in (s, j, given)], axis=1)
+    products = [x[:, a] * x[:, b] for a in range(3) for b in range(a, 3)]
+    return np.column_stack([np.ones(len(x)), x, *products])
+
+
+def partial_correlation(sums: np.ndarray) -> np.ndarray:
+    """(..., 9) totals of `partial_columns` -> correlation of the first two, given the third."""
+    means = sums[..., 1:] / sums[..., :1]
+    cov = np.empty((*sums.shape[:-1], 3, 3))
+    pairs = [(a, b) for a in range(3) for b in range(a, 3)]
+    for k, (a, b) in enumerate(pairs):
+        cov[..., a, b] = cov[..., b, a] = means[..., 3 + k] - means[..., a] * means[..., b]
+    deviation = np.sqrt(np.diagonal(cov, axis1=-2, axis2=-1))
+    r = cov / (deviation[..., None] * deviation[..., None, :])
+    free = np.sqrt((1 - r[..., 0, 2] ** 2) * (1 - r[..., 1, 2] ** 2))
+    return (r[..., 0, 1] - r[..., 0, 2] * r[..., 1, 2]) / free
+
+
+def alpha_columns(scores: np.ndarray) -> np.ndarray:
+    """(N, R) the judges' scores of one attribute -> (N, 4): 1, their sum, the sum of their squares,
+    the square of their sum."""
+    x = np.asarray(scores, float)
+    return np.column_stack([np.ones(len(x)), x.sum(1), (x**2).sum(1), x.sum(1) ** 2])
+
+
+def krippendorff_alpha(sums: np.ndarray, judges: int) -> np.ndarray:
+    """(..., 4) totals of `alpha_columns` -> Krippendorff's alpha for interval data, of answers that
+    all judges scored. A test compares it with the krippendorff package's."""
+    n = sums[..., 0] * judges
+    observed = (judges * sums[..., 2] - sums[..., 3]) / (judges - 1)
+    expected = (n * sums[..., 2] - sums[..., 1] ** 2) / (n - 1)
+    return np.where(expected > 1e-12, 1 - observed / expected, np.nan)
 
 
 def copied(self_scores: Sequence[tuple], examples: Sequence[tuple]) -> list[float]:
@@ -313,42 +296,41 @@ def best_of_n(own: Sequence[float], judge: Sequence[float], prompts: Sequence[st
     ]
 
 
-def risk_coverage(confidence: Sequence[float], loss: Sequence[float]) -> np.ndarray:
-    """(N,): mean loss of the k most confident responses, k = 1 to N; equally confident ones in
-    random order."""
-    confidence, loss = np.asarray(confidence, float), np.asarray(loss, float)
-    ordered = _level_means(confidence, loss)[np.argsort(-confidence, kind="stable")]
-    return np.cumsum(ordered) / np.arange(1, len(loss) + 1)
+def risk_coverage(
+    confidence: Sequence[float], loss: Sequence[float]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Area under the risk-coverage curve as a function of weights (B, N): the mean, over k, of the
+    mean loss of the k most confident responses; equally confident ones in random order."""
+    order, starts = _levels(-np.asarray(confidence, float))
+    loss = np.asarray(loss, float)[order]
+    level = np.searchsorted(starts, np.arange(len(order)), side="right") - 1
 
+    def area(weights: np.ndarray) -> np.ndarray:
+        w = weights[:, order]
+        size = np.add.reduceat(w, starts, axis=1)
+        mean = np.add.reduceat(w * loss, starts, axis=1) / np.where(size > 0, size, 1)
+        risk = np.cumsum(w * mean[:, level], axis=1) / np.maximum(np.cumsum(w, axis=1), 1e-12)
+        return (w * risk).sum(1) / w.sum(1)
 
-def _level_means(levels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(N,): each value replaced by the mean of those on its level, which is what a random order
-    among equals gives on average."""
-    _, level = np.unique(levels, return_inverse=True)
-    return (np.bincount(level, values) / np.bincount(level))[level]
-
-
-def selective_answering(own: Sequence[float], judge: Sequence[float]) -> Use:
-    """Area under the risk-coverage curve (lower is better); risk is 1 - the judge's quality."""
-    loss = 1 - np.asarray(judge, float)
-    return Use(
-        float(risk_coverage(own, loss).mean()),
-        float(loss.mean()),
-        float(risk_coverage(-loss, loss).mean()),
-    )
+    return area
 
 
 def escalation(
-    own: Sequence[float], judge: Sequence[float], stronger: Sequence[float], share: float
-) -> Use:
-    """Mean quality when the given share of answers goes to a stronger model: those that the model
-    rates lowest (random ones among equals), random ones, or those that gain most. stronger: the
-    judge's quality of the stronger model's answers."""
-    own, judge, stronger = (np.asarray(x, float) for x in (own, judge, stronger))
-    k, gain = round(share * len(judge)), stronger - judge
-    lowest, best = np.argsort(own, kind="stable")[:k], np.sort(gain)[::-1][:k]
-    return Use(
-        float(judge.mean() + _level_means(own, gain)[lowest].sum() / len(judge)),
-        float(judge.mean() + k / len(judge) * gain.mean()),
-        float(judge.mean() + best.sum() / len(judge)),
-    )
+    own: Sequence[float], gain: Sequence[float], share: float
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Mean gain, as a function of weights (B, N), when this share of answers goes to a stronger
+    model: those rated lowest, random ones among equals. gain: the judge's quality of the stronger
+    model's answer minus that of the model's own."""
+    order, starts = _levels(np.asarray(own, float))
+    gain = np.asarray(gain, float)[order]
+
+    def figure(weights: np.ndarray) -> np.ndarray:
+        w = weights[:, order]
+        size = np.add.reduceat(w, starts, axis=1)
+        mean = np.add.reduceat(w * gain, starts, axis=1) / np.where(size > 0, size, 1)
+        before = np.cumsum(size, axis=1) - size
+        total = w.sum(1, keepdims=True)
+        sent = np.clip(share * total - before, 0, size)
+        return (sent * mean).sum(1) / total[:, 0]
+
+    return figure

@@ -28,7 +28,9 @@ from backend.policy import load_model
 from prompts import Scores, digit_ids, render_response, score_positions
 from storage.record import Rollout
 
-ROWS = 32  # of a batch
+# Of a batch, padding included: the keys and values of a 4B model's 32,768 tokens are 4.8 GB, and
+# what it works with is about as much.
+BATCH_TOKENS = 32_768
 
 
 class Reading(NamedTuple):
@@ -81,6 +83,19 @@ class Reader:
                 digits = [digit_ids(r.response_ids[p], self.tokenizer) for p in r.score_positions]
                 log_probs[i] = self._digits(hidden[b, before], digits)
         return [log_probs[i] for i in range(len(rollouts))]
+
+    @torch.inference_mode()
+    def states(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The last hidden state (D,) of each prompt's last token."""
+        found: dict[int, list[float]] = {}
+        for rows in _batches([len(ids) for ids in prompts]):
+            width = max(len(prompts[i]) for i in rows)
+            padded = self._tensor([[*prompts[i], *[0] * (width - len(prompts[i]))] for i in rows])
+            # Causal attention: no real token attends to the padding after it.
+            hidden = self.model.model(input_ids=padded, use_cache=False).last_hidden_state
+            for b, i in enumerate(rows):
+                found[i] = hidden[b, len(prompts[i]) - 1].float().tolist()
+        return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
     def read(self, questions: Sequence[Question]) -> list[Reading | None]:
@@ -179,6 +194,12 @@ class Reader:
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of the rows of each batch; rows of similar length share a batch."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
+    """Indices of the rows of each batch, whose first is its longest; a row that is over
+    BATCH_TOKENS alone has its own."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

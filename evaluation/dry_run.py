@@ -5,13 +5,18 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from config import CellConfig, EvaluationConfig
+from evaluation import comparison_tables
+from evaluation.intervals import prompts_needed
+from evaluation.results import load_evaluation
 from evaluation.stages import held_out
-from evaluation.table import Table
+from evaluation.table import Results, Table
 from judge import judge_prices
 from judging import estimate
 from judging.estimate import Lengths, Questions
 from storage.answers import Answers
 from storage.data import Prompt
+
+SPREAD = 0.17  # of a paired difference in quality by prompt: the miniature's (docs/miniature.md)
 
 
 class Benchmark(NamedTuple):
@@ -74,12 +79,33 @@ def describe(
     asked = [(part.questions, part.lengths) for part in parts]
     sections = {
         f"In all, {calls:,} calls": estimate.by_length(asked) if asked else [],
+        "Power": power(config, {b: len(found.prompts) for b, found in shared.items()}),
         "Limits": [f"{estimate.budget(config.client)}; each cell has its own"],
         "Obstacles": problems or ["none found"],
     }
     for title, body in sections.items():
         lines.append(f"\n{title}\n" + "\n".join(f"  {line}" for line in body))
     return "\n".join(lines)
+
+
+def power(config: EvaluationConfig, prompts: Mapping[str, int]) -> list[str]:
+    """How many prompts a difference in quality of the margin needs, beside how many there are, by
+    the spread of what is on file under this name, or else of the miniature."""
+    margin, lines, seen = config.margin, [], {}
+    if config.folder.cells():
+        results = Results([load_evaluation(config.folder.path)])
+        for row in comparison_tables.quality_kept(results).frame.to_dict("records"):
+            if sd := row["sd by prompt"]:
+                seen[row["benchmark"]] = max(sd, seen.get(row["benchmark"], 0.0))
+    for benchmark, n in prompts.items():
+        sd = seen.get(benchmark, SPREAD)
+        source = "seen here" if benchmark in seen else "as in the miniature"
+        needed = prompts_needed(sd, margin)
+        lines.append(
+            f"{benchmark}: {n:,} prompts; a difference of {margin:g} is found in four of five "
+            f"evaluations with {needed:,} (standard deviation by prompt {sd:.3f}, {source})"
+        )
+    return lines
 
 
 def read_benchmark(cell: CellConfig, found) -> Benchmark:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
+from evaluation.error_tables import judged_where
 from evaluation.intervals import Interval
 from evaluation.paper_tables import calibration, quality
 from evaluation.results import Cell
@@ -149,7 +150,10 @@ def figure_3(results: Results, path: Path) -> Drawn:
 
 
 def figure_4(results: Results, path: Path) -> Drawn:
-    """Calibration of an attribute's score by the judge's score, all attributes (Figure 4)."""
+    """Calibration of an attribute's score by the judge's score, all attributes (Figure 4). The
+    judge's score is noisy, and where it is extreme noise is part of the reason: even a model that
+    knows the judge's own mean misses it there (regression to the mean). `reliability` asks the
+    other way round."""
     fig, axes = _panels(results)
     columns = [mean(lambda c, score=score: by_judge_score(c, score)) for score in range(10)]
     for benchmark, axis in zip(results.benchmarks, axes, strict=True):
@@ -157,8 +161,28 @@ def figure_4(results: Results, path: Path) -> Drawn:
             points = [column(results.cells(benchmark, model)) for column in columns]
             given = [score for score in range(10) if points[score].mean is not None]
             _line(axis, given, [points[score] for score in given], model, k)
-        axis.set_xlabel("judge's score")
+        axis.set_xlabel("judge's score (extreme ones are partly noise: the judge's own mean\n"
+                        "for an answer would fall off at both ends too)")  # fmt: skip
     return _save(fig, path, "Figure 4: calibration by the judge's score", _looks(results.models))
+
+
+def reliability(results: Results, path: Path) -> Drawn:
+    """Reliability diagram: the judge's mean score by the model's, each attribute; on the diagonal a
+    score means what it says."""
+    n = len(results.benchmarks)
+    fig, axes = plt.subplots(n, 5, squeeze=False, layout="constrained", sharex=True, sharey=True,
+                             figsize=(14, 3 * n))  # fmt: skip
+    for benchmark, row in zip(results.benchmarks, axes, strict=True):
+        for a, (attribute, axis) in enumerate(zip(ATTRIBUTES, row, strict=True)):
+            axis.plot([0, 9], [0, 9], color="gray", linewidth=0.6)
+            axis.set(title=attribute, xlabel="model's score", ylabel=f"judge's mean, {benchmark}")
+            for look, model in enumerate(results.models):
+                cells = results.cells(benchmark, model)
+                points = [mean(lambda c, a=a, k=k: judged_where(c, a, k))(cells) for k in range(10)]
+                points = {k: x for k, x in enumerate(points) if isinstance(x, Interval) and x.n}
+                _line(axis, list(points), list(points.values()), model, look)
+    title = "Reliability: the judge's mean by the model's score"
+    return _save(fig, path, title, _looks(results.models))
 
 
 def by_judge_score(c: Cell, score: int) -> Values:

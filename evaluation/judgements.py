@@ -263,7 +263,7 @@ def report(command: Command, source: Source, judge, answers: Sequence[Answer]) -
         )
         parts.append(
             "calibration that others reach against each judgement left out\n"
-            + metrics.render(metrics.ceiling(ids, draws, gamma))
+            + metrics.render(metrics.repeated_agreement(ids, draws, gamma))
         )
     return "\n\n".join(parts)
 

@@ -7,19 +7,24 @@ good without it.
 `rows` below are (prompt_id, self_scores | None, judge_scores | None) per response; None self-scores
 are a malformed response, None judge scores of a well-formed one that the judge refused it."""
 
-import math
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from statistics import fmean, median_low
+from statistics import fmean, median_high, median_low
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+from statsmodels.tools.sm_exceptions import PerfectSeparationWarning
 
 import reward
-from evaluation.intervals import Interval, over_prompts
+from evaluation.intervals import Estimate, Interval, over_prompts
+from evaluation.predictors import best_constant
 from prompts import ATTRIBUTES, Scores
 
 Row = tuple[str, Scores | None, Scores | None]
+OVERLAP = 0.1  # of the pairs at least have our answer longer, and as many shorter
 
 
 def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> dict[str, Interval]:
@@ -36,7 +41,7 @@ def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> 
         return over_prompts([figure(s, j) for _, s, j in valid], prompts)
 
     well_formed = over_prompts(
-        [s is not None for _, s, _ in rows], [prompt for prompt, _, _ in rows]
+        [s is not None for _, s, _ in rows], [prompt for prompt, _, _ in rows], proportion=True
     )
     # A predictor that knows nothing of the response: the judge's median on these same responses.
     constant = [median_low(scores) for scores in zip(*(j for _, _, j in valid), strict=True)]
@@ -59,31 +64,6 @@ def render(table: dict[str, Interval]) -> str:
         f"{name:<22}   {x.text(decimals=4):<25} n = {x.n} {units.get(name, 'prompts')}"
         for name, x in table.items()
     )
-
-
-def best_constant(judge: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -> Scores:
-    """The one vector whose calibration against all these judge scores is highest, found from the
-    medians by changing one attribute at a time."""
-    best = [median_low(scores) for scores in zip(*judge, strict=True)]
-
-    def total(vector: Sequence[int]) -> float:
-        return math.fsum(reward.calibration(vector, j, gamma) for j in judge)
-
-    while True:
-        tries = [[*best[:a], s, *best[a + 1 :]] for a in range(len(best)) for s in range(10)]
-        better = max(tries, key=total)
-        if total(better) <= total(best):
-            return tuple(best)
-        best = better
-
-
-def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's; None where one of the two does not vary."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if not len(x) or (x == x[0]).all() or (y == y[0]).all():
-        return None
-    x, y = x - x.mean(), y - y.mean()
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
 def top_k_hits(logp: np.ndarray, judge: np.ndarray, k: int = 5) -> np.ndarray:
@@ -128,8 +108,8 @@ def agreement(pairs: Sequence[tuple[str, Scores, Scores]]) -> dict[str, Agreemen
     for a, name in enumerate(ATTRIBUTES):
         errors = np.array([abs(x[a] - y[a]) for _, x, y in pairs])
         table[name] = Agreement(
-            over_prompts(errors == 0, prompts),
-            over_prompts(errors <= 1, prompts),
+            over_prompts(errors == 0, prompts, proportion=True),
+            over_prompts(errors <= 1, prompts, proportion=True),
             over_prompts(errors, prompts),
         )
     return table
@@ -145,40 +125,56 @@ def self_agreement(
     )
 
 
-def leave_one_out_calibration(
-    draws: Sequence[Scores], gamma: float = reward.RewardConfig.gamma
-) -> list[float]:
-    """What somebody reaches who knows the judge but not its next score. Of k >= 2 scores for one
-    answer each is left out once, and the (lower) medians of the others predict it."""
+def agreement_with(
+    draws: Sequence[Scores], others: int, gamma: float = reward.RewardConfig.gamma
+) -> float:
+    """How well the medians of `others` of a judge's scores for one answer predict another one: mean
+    calibration over all ways to choose them. The two medians of an even number count half each."""
     values = []
     for k, left_out in enumerate(draws):
-        others = [*draws[:k], *draws[k + 1 :]]
-        medians = [median_low(scores) for scores in zip(*others, strict=True)]
-        values.append(reward.calibration(medians, left_out, gamma))
-    return values
+        rest = [*draws[:k], *draws[k + 1 :]]
+        for chosen in combinations(rest, others):
+            for middle in (median_low, median_high):
+                medians = [middle(scores) for scores in zip(*chosen, strict=True)]
+                values.append(reward.calibration(medians, left_out, gamma))
+    return fmean(values)
 
 
-def ceiling(
+def ceiling(draws: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -> float | None:
+    """What somebody reaches who knows the judge's own medians for an answer, but not its next
+    score: agreement with the medians of more and more of its scores, continued to infinitely many.
+
+    The error of the median of m scores, m odd, falls about as 1 / (m + 1); so the two largest odd
+    numbers of others give the limit. bench/coverage.py compares it with judges whose medians are
+    known. None for fewer than four scores. One answer's value is no bound; the mean over answers
+    estimates it."""
+    if len(draws) < 4:
+        return None
+    most = (len(draws) - 2) // 2 * 2 + 1  # the largest odd number of others
+    fewer, more = (agreement_with(draws, m, gamma) for m in (most - 2, most))
+    return ((most + 1) * more - (most - 1) * fewer) / 2
+
+
+def repeated_agreement(
     prompts: Sequence[str],
     draws: Sequence[Sequence[Scores]],
     gamma: float = reward.RewardConfig.gamma,
 ) -> dict[str, Interval]:
     """How well a judge's scores can be predicted: by the median of its other scores for the same
-    answer, by another single score, and by the best constant. prompts, draws: per answer its
-    prompt's id and the judge's scores."""
-    ids, by_median, by_one, by_constant = [], [], [], []
+    answer (leave-one-out agreement), by another single score, by the best constant, and by its own
+    medians (the ceiling). prompts, draws: per answer its prompt's id and the judge's scores."""
     constant = best_constant([scores for row in draws for scores in row], gamma)
-    for prompt, row in zip(prompts, draws, strict=True):
-        by_median += leave_one_out_calibration(row, gamma)
-        for k, left_out in enumerate(row):
-            others = [*row[:k], *row[k + 1 :]]
-            ids.append(prompt)
-            by_one.append(fmean(reward.calibration(other, left_out, gamma) for other in others))
-            by_constant.append(reward.calibration(constant, left_out, gamma))
+    tops = [(ceiling(row, gamma), p) for p, row in zip(prompts, draws, strict=True)]
+    tops = [(value, prompt) for value, prompt in tops if value is not None]
     return {
-        "median of the others": over_prompts(by_median, ids),
-        "another score": over_prompts(by_one, ids),
-        "best constant": over_prompts(by_constant, ids),
+        "median of the others": over_prompts(
+            [agreement_with(row, len(row) - 1, gamma) for row in draws], prompts
+        ),
+        "another score": over_prompts([agreement_with(row, 1, gamma) for row in draws], prompts),
+        "best constant": over_prompts(
+            [fmean(reward.calibration(constant, j, gamma) for j in row) for row in draws], prompts
+        ),
+        "ceiling": over_prompts([value for value, _ in tops], [prompt for _, prompt in tops]),
     }
 
 
@@ -203,9 +199,40 @@ def win_rate(
     """
     result, first, second = np.array(preferences).reshape(-1, 3).T
     return {
-        "win-rate": over_prompts((result + 1) / 2, prompts),
-        "first_order": over_prompts((first + 1) / 2, prompts),
-        "ties": over_prompts(result == 0, prompts),
+        "win-rate": over_prompts((result + 1) / 2, prompts, proportion=True),
+        "first_order": over_prompts((first + 1) / 2, prompts, proportion=True),
+        "ties": over_prompts(result == 0, prompts, proportion=True),
         "order_bias": over_prompts((first - second) / 2, prompts),
-        "disagreement": over_prompts(first != second, prompts),
+        "disagreement": over_prompts(first != second, prompts, proportion=True),
     }
+
+
+def length_adjusted(
+    results: Sequence[int], length_differences: Sequence[float], prompts: Sequence
+) -> Estimate | None:
+    """The win-rate at equal lengths, on the logit scale: theta of
+    logit P(win) = theta + phi tanh(d / sd(d)), where d is the difference in characters. This is LC
+    AlpacaEval's form without its term for a prompt's difficulty and without its penalty, so the
+    figure is not LC AlpacaEval's. results: 1 win, 0 tie, -1 loss.
+
+    None where fewer than a tenth of the pairs are on one side of d = 0: the figure would be an
+    extrapolation, whose size the form alone decides. (LC AlpacaEval adds judgements of models that
+    were told to be short or long; we have none.) None too where all results are alike or lengths
+    explain them all."""
+    won = (np.asarray(results, float) + 1) / 2
+    d = np.asarray(length_differences, float)
+    if len(d) < 3 or won.std() == 0 or min((d > 0).mean(), (d < 0).mean()) < OVERLAP:
+        return None
+    x = sm.add_constant(np.tanh(d / d.std()), has_constant="add")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PerfectSeparationWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            fit = sm.GLM(won, x, family=sm.families.Binomial()).fit()
+        except PerfectSeparationWarning:
+            return None
+    # What a response does to theta, to first order: its score times the inverse information.
+    pull = (x * fit.resid_response[:, None]) @ fit.normalized_cov_params[0]
+    prompt_of, unique = pd.factorize(np.asarray(prompts, object))
+    pulls = np.bincount(prompt_of, pull, len(unique)) * len(unique)
+    return Estimate(float(fit.params[0]), pulls, unique)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import jinja2
 
-from evaluation.control_tables import COMPARISONS, differ_from_base, significant
+from evaluation.comparison_tables import COMPARISONS, differ_from_base, significant
 from evaluation.figures import Drawn
 from evaluation.intervals import Interval
 from evaluation.summary import Entries
@@ -68,8 +68,8 @@ def views(tables: Sequence[Table], results: Results | None) -> list[dict]:
             rows = table.frame.to_dict("records")
             starred = {(k, "mean") for k, row in enumerate(rows) if significant(row)}
         elif table is tables[0]:
-            comparisons = next(t for t in tables if t.title == COMPARISONS)
-            differ = differ_from_base(comparisons, results.base)
+            comparisons = next((t for t in tables if t.title == COMPARISONS), None)
+            differ = differ_from_base(comparisons, results.base) if comparisons else ()
             names = zip(table.frame["benchmark"], table.frame["model"], strict=True)
             starred = {
                 (k, header)

@@ -4,13 +4,14 @@ Only well-formed responses enter the scores (Sec. 4.1), so the well-formed rate 
 paper's figures stand beside ours only where judge, template and benchmark are the paper's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from evaluation import intervals, metrics
+from evaluation.intervals import Estimate
 from evaluation.results import Cell
-from evaluation.table import Column, Results, Table, Values, mean, measure, rows, statistic
+from evaluation.table import Column, Results, Table, Values, mean, measure, rows, share, statistic
 from judge import offline_judge
 from prompts import ATTRIBUTES
 from storage.run_folder import file_name
@@ -49,7 +50,7 @@ def calibration(c: Cell) -> Values:
 
 
 MAIN = {
-    "well-formed": mean(well_formed),
+    "well-formed": share(well_formed),
     "quality": mean(quality),
     "calibration": mean(calibration),
     "MAE": mean(lambda c: (np.abs(c.s - c.j).mean(1), c.prompts)),
@@ -83,14 +84,14 @@ def win_rates(results: Results) -> Table:
             indices, theirs = c.match(dict(zip(base.keys, scores(base), strict=True)))
             return (np.sign(scores(c)[indices] - theirs) + 1) / 2, c.prompts[indices]
 
-        return mean(values)
+        return share(values)
 
     columns = {
         "quality": by_scores(lambda c: c.quality),
         "calibration": by_scores(lambda c: c.calibration),
-        "responses": mean(lambda c: preferences(c, lambda x: (x["result"] + 1) / 2)),
-        "first order": mean(lambda c: preferences(c, lambda x: (x["shown_first"] + 1) / 2)),
-        "length-adjusted": statistic(length_adjusted),
+        "responses": share(lambda c: preferences(c, lambda x: (x["result"] + 1) / 2)),
+        "first order": share(lambda c: preferences(c, lambda x: (x["shown_first"] + 1) / 2)),
+        "length-adjusted": statistic(length_adjusted, intervals.LOGIT),
         "order bias": mean(order_bias),
     }
     return Table.of(
@@ -98,7 +99,8 @@ def win_rates(results: Results) -> Table:
         "(wins + ties / 2) / n over samples that both answered well-formed. The referee is "
         "asked in both orders; a disagreement is a tie. First order: with the model's answer "
         "shown first; the paper asks in one order. Length-adjusted: at equal length, without LC "
-        "AlpacaEval's term for difficulty. Order bias: win-rate when shown first minus when shown "
+        "AlpacaEval's term for difficulty; - where our answers are nearly always the longer ones, "
+        "or the shorter ones. Order bias: win-rate when shown first minus when shown "
         "second (an offline judge has none).",
         rows(results, columns, lambda c: c.model != results.base, PAPER_WIN_RATES),
         higher=("quality", "calibration", "responses", "first order", "length-adjusted"),
@@ -116,10 +118,9 @@ def order_bias(c: Cell) -> Values:
     return preferences(c, lambda x: (x["shown_first"] - x["shown_second"]) / 2)
 
 
-def length_adjusted(c: Cell) -> tuple[Callable, Sequence]:
-    result, prompts = (np.array(x) for x in preferences(c, lambda x: x["result"]))
-    longer_by = np.array([x["longer_by"] for x in c.preferences])
-    return lambda i: intervals.length_adjusted(result[i], longer_by[i]), prompts
+def length_adjusted(c: Cell) -> Estimate | None:
+    result, prompts = preferences(c, lambda x: x["result"])
+    return metrics.length_adjusted(result, [x["longer_by"] for x in c.preferences], prompts)
 
 
 def held_out_judges(results: Results) -> Table:
@@ -144,19 +145,24 @@ def held_out_judges(results: Results) -> Table:
     )
 
 
+def top_5_hits(c: Cell) -> Values:
+    indices, logp = c.log_probabilities("own")
+    return metrics.top_k_hits(logp, c.j[indices]).mean(1), c.prompts[indices]
+
+
+def ranking(c: Cell, judge: np.ndarray) -> Values:
+    """Top-5 accuracy of the ranking that is best for the judge's scores `judge` (n, 5)."""
+    indices, _ = c.log_probabilities("own")
+    digits = metrics.frequent_digits(judge.tolist())
+    return [metrics.share_among(digits, j) for j in c.j[indices].tolist()], c.prompts[indices]
+
+
+def window_ranking(c: Cell) -> Values:
+    return ranking(c, c.window.j) if c.window else ([], [])
+
+
 def top_5(results: Results) -> Table:
     """Top-5 accuracy, and what one ranking of the digits for all responses reaches."""
-
-    def own(c: Cell) -> Values:
-        indices, logp = c.log_probabilities("own")
-        return metrics.top_k_hits(logp, c.j[indices]).mean(1), c.prompts[indices]
-
-    def ranking(c: Cell, judge: np.ndarray) -> Values:
-        """The ranking that is best for the judge's scores `judge` (n, 5)."""
-        indices, _ = c.log_probabilities("own")
-        digits = metrics.frequent_digits(judge.tolist())
-        return [metrics.share_among(digits, j) for j in c.j[indices].tolist()], c.prompts[indices]
-
     return Table.of(
         "Table 4: top-5 accuracy",
         "Share of the judge's digits among the model's five most probable, on its own block; "
@@ -165,8 +171,8 @@ def top_5(results: Results) -> Table:
         rows(
             results,
             {
-                "top-5": mean(own),
-                "window ranking": mean(lambda c: ranking(c, c.window.j) if c.window else ([], [])),
+                "top-5": mean(top_5_hits),
+                "window ranking": mean(window_ranking),
                 "test ranking": mean(lambda c: ranking(c, c.j[c.log_probabilities("own")[0]])),
             },
             lambda c: c.log_probabilities("own")[0],

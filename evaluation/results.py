@@ -13,16 +13,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from evaluation import metrics
-from evaluation.controls import (
-    Ordering,
+from evaluation.controls import Ordering, within_prompts
+from evaluation.predictors import (
+    PromptOnly,
     Shuffled,
+    Surface,
     attribute_calibrations,
+    best_constant,
     calibrations,
     qualities,
     shuffled,
-    within_prompts,
 )
+from evaluation.prompt_states import read_states
 from prompts import Scores, transcript
 from storage.data import Prompt, load_prompts
 from storage.files import read_lines
@@ -42,7 +44,7 @@ T = TypeVar("T")
 class Cell:
     """One model's answers to one benchmark, and everything that was recorded about them.
 
-    N is the number of well-formed answers: only these enter the scores (Sec. 4.1).
+    N is the number of well-formed answers that were judged: only these enter the scores (Sec. 4.1).
     """
 
     benchmark: str
@@ -59,8 +61,13 @@ class Cell:
 
     @cached_property
     def valid(self) -> list[Rollout]:
-        """The N well-formed answers."""
+        """The N well-formed answers that were judged."""
         return [r for r in self.rollouts if r.judge_scores is not None]
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """All prompts, malformed answers' too."""
+        return frozenset(r.prompt_id for r in self.rollouts)
 
     @cached_property
     def keys(self) -> list[Key]:
@@ -110,8 +117,8 @@ class Cell:
         return shuffled(self.s, self.j, self.prompts, self.gamma)
 
     @cached_property
-    def within(self) -> list[Ordering]:
-        """Per prompt: how far the model orders its answers by quality as the judge does."""
+    def within(self) -> dict[str, Ordering]:
+        """By prompt: how far the model orders its answers by quality as the judge does."""
         return within_prompts(self.own_quality, self.quality, self.prompts)
 
     @cached_property
@@ -125,10 +132,14 @@ class Cell:
     @cached_property
     def data(self) -> list[Prompt]:
         """The prompt file; [] where it is not at hand."""
-        try:
-            return load_prompts(data_file(self.config["data"]))
-        except ValueError:
-            return []
+        files = self.evaluation.files if self.evaluation else {}
+        path = self.config["data"]
+        if path not in files:
+            try:
+                files[path] = load_prompts(data_file(path))
+            except ValueError:
+                files[path] = []
+        return files[path]
 
     @cached_property
     def references(self) -> dict[str, list[Scores]]:
@@ -140,9 +151,24 @@ class Cell:
         """Each prompt's conversation."""
         return {p.id: transcript(p.conversation) for p in self.data}
 
+    @cached_property
+    def categories(self) -> dict[str, str]:
+        """Each prompt's category, where the prompt file has one."""
+        return {p.id: p.category for p in self.data if p.category}
+
     @property
     def window(self) -> "Window | None":
         return self.evaluation.window
+
+    @cached_property
+    def prompt_states(self) -> dict[str, np.ndarray]:
+        """The base model's last hidden state of each prompt, where they are on file."""
+        return read_states(EvaluationFolder(self.evaluation.folder).states_file(self.benchmark))[1]
+
+    @cached_property
+    def surface_scores(self) -> np.ndarray:
+        """(N, 5) what length and form alone predict; needs the window."""
+        return self.window.surface.predict([r.answer for r in self.valid])
 
     @property
     def stronger(self) -> dict[str, Scores]:
@@ -162,6 +188,11 @@ class Cell:
         """A scorer's most probable digits after these answers, by answer."""
         lines = self.digits.get(scorer, {})
         return {key: line["scores"] for key, line in lines.items() if line["scores"]}
+
+    def within_category(self, category: str) -> "Cell":
+        """The answers to prompts of a category."""
+        kept = [r for r in self.rollouts if self.categories.get(r.prompt_id) == category]
+        return replace(self, rollouts=kept)
 
     def rejudged(self, judge: str) -> "Cell":
         """The well-formed answers with another judge's scores; those without are left out."""
@@ -183,11 +214,17 @@ class Cell:
         """(n indices of answers, (n, 5, 10) the model's log-probabilities of the ten digits at each
         score position), of the answers whose own block could be read. `before`: whose digits stand
         before a position, "own" or "judge"."""
-        lines = self.digits.get(self.model, {})
-        indices, logp = self.match(
-            {key: x[before] for key, x in lines.items() if x["own"] and x[before]}
-        )
-        return indices, np.array(logp, float).reshape(-1, 5, 10)
+        if before not in self._log_probabilities:
+            lines = self.digits.get(self.model, {})
+            indices, logp = self.match(
+                {key: x[before] for key, x in lines.items() if x["own"] and x[before]}
+            )
+            self._log_probabilities[before] = indices, np.array(logp, float).reshape(-1, 5, 10)
+        return self._log_probabilities[before]
+
+    @cached_property
+    def _log_probabilities(self) -> dict[str, tuple[list[int], np.ndarray]]:
+        return {}
 
 
 def key_of(line: dict) -> Key:
@@ -200,28 +237,55 @@ def key_of(line: dict) -> Key:
 
 @dataclass
 class Window:
-    """The training window's judgements, on which trivial predictors are fitted."""
+    """The training window's judgements, on which the predictors that know less are fitted."""
 
-    rollouts: list[Rollout]
-    base: dict[str, Scores]  # the base model's most probable scores for them, by answer id
+    rollouts: list[Rollout]  # of the first cycle
+    last: list[Rollout]  # of the last cycle, whose answers are the trained model's
+    base: dict[tuple[str, str], Scores]  # the base model's most probable scores for the first
+    # cycle's answers, by prompt and answer id
+    states: dict[str, np.ndarray]  # the base model's last hidden state of each prompt
     gamma: float
 
     @cached_property
     def j(self) -> np.ndarray:
-        """(n, 5) the judge's scores."""
+        """(n, 5) the judge's scores of the first cycle."""
         return np.array([r.judge_scores for r in self.rollouts])
 
     @cached_property
     def constant(self) -> Scores:
-        """The one vector that is best on these judgements."""
-        return metrics.best_constant(self.j.tolist(), self.gamma)
+        """The one vector that is best on the first cycle's judgements."""
+        return best_constant(self.j.tolist(), self.gamma)
+
+    @cached_property
+    def last_constant(self) -> Scores:
+        """The one that is best on the last cycle's."""
+        return best_constant([r.judge_scores for r in self.last], self.gamma)
+
+    @cached_property
+    def surface(self) -> Surface:
+        """Fitted on the first cycle's answers."""
+        return Surface([r.answer for r in self.rollouts], self.j)
+
+    @cached_property
+    def prompt_only(self) -> PromptOnly | None:
+        """Fitted on the medians of the last cycle's judgements of each prompt; None where fewer
+        than two prompts' hidden states are on file."""
+        scores: dict[str, list[Scores]] = {}
+        for r in self.last:
+            scores.setdefault(r.prompt_id, []).append(r.judge_scores)
+        known = [p for p in scores if p in self.states]
+        if len(known) < 2:
+            return None
+        medians = np.array([np.median(scores[p], axis=0) for p in known])
+        return PromptOnly(np.array([self.states[p] for p in known]), medians)
 
     @cached_property
     def fit(self) -> tuple[np.ndarray, np.ndarray]:
         """(n, 5) twice: the base model's scores and the judge's, where the base has scores."""
-        scored = [r for r in self.rollouts if answer_id(r) in self.base]
-        s = np.array([self.base[answer_id(r)] for r in scored], int).reshape(-1, 5)
-        return s, np.array([r.judge_scores for r in scored], int).reshape(-1, 5)
+        keys = [(r.prompt_id, answer_id(r)) for r in self.rollouts]
+        scored = [k for k, key in enumerate(keys) if key in self.base]
+        s = np.array([self.base[keys[k]] for k in scored], int).reshape(-1, 5)
+        return s, self.j[scored].reshape(-1, 5)
 
 
 @dataclass
@@ -232,7 +296,9 @@ class Evaluation:
     cells: dict[tuple[str, str], Cell]  # by (benchmark, model)
     window: Window | None
     stronger: dict[str, dict[str, Scores]]  # a stronger model's scores, by benchmark and prompt
-    models: list[str]  # in their order; not a run's earlier checkpoints
+    models: list[str] = field(default_factory=list)  # in order, without earlier checkpoints
+    declared: dict = field(default_factory=dict)  # what evaluate.py was told beforehand
+    files: dict[str, list[Prompt]] = field(default_factory=dict)  # prompt files that were read
 
 
 def load_evaluation(path: Path) -> Evaluation:
@@ -246,28 +312,34 @@ def load_evaluation(path: Path) -> Evaluation:
     if not cells:
         raise ValueError(f"{path}: no results of evaluate.py there; give results/NAME")
     first = next(iter(cells.values()))
-    run = first.config.get("training_run", first.config.get("window"))  # "window": its older name
+    run = first.config["training_run"]
     if run and not RunFolder(Path(run)).rollouts(1).exists():
         raise ValueError(
             f"{run}: the training window's rollouts are not there; run this where evaluate.py ran"
         )
     rollouts = RunFolder(Path(run)).first_cycle() if run else []  # [] if all were malformed
     lines = read_newest(folder.window_scores_file)
-    base = {x["answer_id"]: tuple(x["scores"]) for x in lines if x["scores"]}
+    base = {(x["prompt_id"], x["answer_id"]): tuple(x["scores"]) for x in lines if x["scores"]}
+    states = read_states(folder.window_states_file)[1]
     stronger = {
         benchmark: {x["prompt_id"]: tuple(x["scores"]) for x in read_newest(file)}
         for benchmark, file in folder.stronger_files().items()
     }
-    window = Window(rollouts, base, first.gamma) if rollouts else None
+    window = None
+    if rollouts:
+        last = RunFolder(Path(run)).last_cycle()
+        window = Window(rollouts, last, base, states, first.gamma)
     models = [m for m in folder.models() if any(model == m for _, model in cells)]
     models = models or list(dict.fromkeys(model for _, model in cells))
-    evaluation = Evaluation(path, cells, window, stronger, models)
+    evaluation = Evaluation(path, cells, window, stronger, models, folder.declared())
     for cell in cells.values():
         cell.evaluation = evaluation
     return evaluation
 
 
 def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
+    config = folder.config()
+    config.setdefault("training_run", config.get("window", ""))  # "window": its older name
     rollouts = sorted(folder.answers(), key=lambda r: (r.prompt_id, r.sample))
     ids = {(r.prompt_id, r.sample): answer_id(r) for r in rollouts}
 
@@ -278,7 +350,7 @@ def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
     return Cell(
         benchmark=benchmark,
         model=model,
-        config=folder.config(),
+        config=config,
         rollouts=rollouts,
         judged={judge: lines(path) for judge, path in folder.scores_files().items()},
         digits={

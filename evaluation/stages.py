@@ -8,10 +8,13 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from backend import parallel
 from config import CellConfig, EvaluationConfig
 from evaluation.digits import Question, Reader, Reading
 from evaluation.judgements import Answer, judge_again
+from evaluation.prompt_states import read_states, write_states
 from judge import ask_all, make_judge, prefer
 from judging.client import Background
 from judging.endpoint import Endpoint
@@ -80,6 +83,20 @@ def read_training_window(path: Path, run: RunFolder, reader: Reader, version: st
         for r, reading in zip(rows, readings, strict=True):
             if r.key in lacking:
                 append_line(path, line_about(r, version, scores=reading and reading.scores))
+
+
+def read_prompt_states(
+    path: Path, rollouts: Sequence[Rollout], reader: Reader, version: str
+) -> None:
+    """The base model's last hidden state of each answer's prompt, on which a predictor from the
+    prompt alone is fitted (predictors.PromptOnly). Rank 0 reads them; collective."""
+    prompts = {r.prompt_id: r.prompt_ids for r in rollouts}
+    if parallel.rank() == 0:
+        before, states = read_states(path)
+        if before != version or not prompts.keys() <= states.keys():
+            found = reader.states(list(prompts.values()))
+            write_states(path, version, dict(zip(prompts, map(np.array, found), strict=True)))
+    parallel.barrier()
 
 
 def read_sensitivity(cell: CellFolder, reader: Reader, version: str) -> None:

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from evaluation.answers import MALFORMED, NOT_JUDGED, counts
-from evaluation.control_tables import COMPARISONS, significant
+from evaluation.comparison_tables import PRIMARY, TOGETHER
+from evaluation.intervals import Interval
 from evaluation.results import TRAINING, Cell
-from evaluation.table import Table, show
+from evaluation.table import Table, same_prompts, show
 from judge import offline_judge
 from judging.ledger import read_attempts, totals
 from storage.files import read_json
@@ -41,23 +42,29 @@ def summary(cells: Sequence[Cell], tables: Sequence[Table], command: str) -> Ent
 
 def units(cells: Sequence[Cell]) -> str:
     """What an interval's n counts."""
-    evaluations = {id(cell.evaluation) for cell in cells if cell.evaluation}
-    return "evaluations" if len(evaluations) > 1 else "prompts"
+    alike = [c for c in cells if (c.benchmark, c.model) == (cells[0].benchmark, cells[0].model)]
+    return "prompts" if same_prompts(alike) else "evaluations"
 
 
 def endpoint(tables: Sequence[Table], units: str) -> list[str]:
-    """Whether the primary endpoint held, from the first row of the comparisons."""
-    [row, *_] = next(t for t in tables if t.title == COMPARISONS).frame.to_dict("records")
-    about = (
-        f"{row['model']} on {row['benchmark']}: calibration minus that of the one score vector "
-        "that is best on the training window."
-    )
-    interval = row["mean"]
-    if interval.mean is None:
-        return ["Cannot be computed: it needs evaluate.py's --training_run.", about]
-    p = show(row["p"], "p")
-    held = "Held" if significant(row) and interval.mean > 0 else "Not held"
-    return [f"{held}: {interval.text()}, p {p}, n {interval.n:,} {units}.", about]
+    """Whether the primary endpoint held, from its table."""
+    table = next((t for t in tables if t.title == PRIMARY), None)
+    if table is None:
+        return ["Cannot be computed: it needs evaluate.py's --training_run."]
+    rows = table.frame.to_dict("records")
+    *rivals, together = rows[: [r["calibration minus that of"] for r in rows].index(TOGETHER) + 1]
+    about = f"{together['model']} on {together['benchmark']} ({together['this is']})"
+    if together["p"] is None:
+        verdict = "Cannot be computed: one of the three predictors is missing"
+    else:
+        held = "Held" if together["p"] < 0.05 else "Not held"
+        verdict = f"{held}: p {show(together['p'], 'p')}"
+    sentences = [f"{verdict}; {about}."]
+    for row in rivals:
+        apart, name = row["difference"], row["calibration minus that of"]
+        n = f", n {apart.n:,} {units}" if isinstance(apart, Interval) else ""
+        sentences.append(f"Calibration minus that of {name}: {show(apart)}{n}.")
+    return sentences
 
 
 def result(table: Table) -> list[str]:

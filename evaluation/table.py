@@ -2,21 +2,24 @@
 
 A table is declared as a mapping {header: Column}. A Column is a function of the cells of one
 benchmark and model, one cell for each evaluation, and gives the figure of one row: an Interval, a
-number, a text, or None where there is nothing to show. `mean`, `ratio` and `statistic` make Columns
-from a function of one cell: their intervals are over prompts within one evaluation, and over
-evaluations where there are several (intervals.py).
+number, a text, or None where there is nothing to show. `mean`, `share`, `ratio` and `statistic`
+make Columns from a function of one cell; intervals.py says what their intervals are over.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
 from evaluation import intervals
-from evaluation.intervals import Interval
+from evaluation.intervals import Estimate, Interval, Scale
 from evaluation.results import Cell, Evaluation
+from storage.run_folder import checkpoint_place
 
 Figure = Interval | float | int | str | None
 Column = Callable[[list[Cell]], Figure]
@@ -30,11 +33,17 @@ PAPER_SETTINGS = {
 # Unique prompts of the whole benchmarks; HelpSteer2's validation split, not its training split.
 PAPER_PROMPTS = {"helpsteer2": 519, "alpaca_eval": 805, "arena_hard": 750, "wildbench": 1024}
 P_VALUES = ("p", "corrected p")
+
+T = TypeVar("T")
 PAPER = " (paper)"  # a column NAME (paper) holds the paper's figures beside those of NAME
 
 
 # --------------------------------------------------------------------------------------------------
 # What a table is about
+
+
+# In one folder all cells share these, or their figures would differ for a reason unseen.
+ALIKE = ("training_run", "seed", "sampler", "endpoint", "reward")
 
 
 def settings(cell: Cell) -> dict:
@@ -48,10 +57,13 @@ class Results:
     """One or more evaluations of the same models on the same benchmarks under the same settings.
     Several are runs with other seeds."""
 
-    def __init__(self, evaluations: Sequence[Evaluation], models: Sequence[str] = ()):
+    def __init__(
+        self, evaluations: Sequence[Evaluation], models: Sequence[str] = (), against: str = ""
+    ):
         """`models`: which of them, in this order, the base first; (): all but runs' earlier
-        checkpoints. Raises ValueError if the
-        evaluations do not have the same cells or settings."""
+        checkpoints. `against`: the model that the others are compared with; "": the base. Raises
+        ValueError if the evaluations do not have the same cells or settings, or share some of their
+        prompts."""
         self.evaluations = list(evaluations)
         first, *others = self.evaluations
         for e in others:
@@ -63,11 +75,13 @@ class Results:
                 )
         self.benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in first.cells))
         on_file = list(dict.fromkeys(model for _, model in first.cells))
-        if unknown := set(models) - set(on_file):
+        if unknown := {*models, *filter(None, [against])} - set(on_file):
             raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(on_file)}")
-        self.models = list(models) or first.models
+        self.models = list(models) or first.models or on_file
+        self.chosen = bool(models)
         self.on_file = [m for m in on_file if all((b, m) in self for b in self.benchmarks)]
         self.base = self.models[0]
+        self.reference = against or self.base
         for b in self.benchmarks:
             for m in self.models:
                 if (b, m) not in self:
@@ -83,6 +97,11 @@ class Results:
                     f"the results differ in {name}, and such are not mixed; give evaluations of "
                     "one setting, and those of others with --beside"
                 )
+        for e in self.evaluations:
+            _check_alike(e, [e.cells[b, m] for b in self.benchmarks for m in self.models])
+        _check_different(self.evaluations)
+        for b in self.benchmarks:
+            _check_prompts(b, [e.cells[b, self.base] for e in self.evaluations])
         self.judge = self.settings["judge"]
 
     def as_in_the_paper(self, benchmark: str) -> bool:
@@ -115,6 +134,37 @@ class Results:
         """One for each evaluation."""
         return [e.cells[benchmark, model] for e in self.evaluations]
 
+    def declared(self, name: str, default: T) -> T:
+        """What all evaluations were told under this name before; the default if they differ."""
+        values = [e.declared.get(name) for e in self.evaluations]
+        return values[0] if values[0] is not None and values.count(values[0]) == len(values) else (
+            default
+        )  # fmt: skip
+
+    def primary(self) -> tuple[tuple[str, str], bool]:
+        """((benchmark, model) of the primary endpoint, whether it was declared)."""
+        key = tuple(self.declared("primary", None) or ())
+        if key in self:
+            return key, True
+        return (self.benchmarks[0], self.models[-1]), False
+
+    def second_looks(self) -> list[tuple[str, str]]:
+        """Other choices of the primary endpoint: declared later, or the last of --models."""
+        later = {tuple(x) for e in self.evaluations for x in e.declared.get("later", ())}
+        if self.chosen:
+            later.add((self.benchmarks[0], self.models[-1]))
+        return sorted(key for key in later - {self.primary()[0]} if key in self)
+
+    def compared(self) -> list[str]:
+        """The models that are compared: those asked for, or all but a run's earlier checkpoints."""
+        if self.chosen:
+            return self.models
+        paths = {m: Path(self.cells(self.benchmarks[0], m)[0].config["model"]) for m in self.models}
+        runs = {m: path.parent for m, path in paths.items() if path.parent.name == "checkpoints"}
+        last = {run: max((paths[m] for m in runs if runs[m] == run), key=_place)
+                for run in set(runs.values())}  # fmt: skip
+        return [m for m in self.models if m not in runs or paths[m] == last[runs[m]]]
+
     def __contains__(self, key: tuple[str, str]) -> bool:
         """Whether there are answers to a benchmark by a model: (benchmark, model)."""
         return key in self.evaluations[0].cells
@@ -122,6 +172,65 @@ class Results:
     def each(self) -> Iterator[tuple[str, str, list[Cell]]]:
         """(benchmark, model, their cells), the rows of most tables."""
         return ((b, m, self.cells(b, m)) for b in self.benchmarks for m in self.models)
+
+
+def _check_alike(evaluation: Evaluation, cells: Sequence[Cell]) -> None:
+    """Raises ValueError if cells of one folder differ in what is not shown."""
+    data: dict[str, Cell] = {}
+    for cell in cells:
+        for name in ALIKE:
+            if cell.config[name] != cells[0].config[name]:
+                raise ValueError(
+                    f"{evaluation.folder}: {cell.benchmark}/{cell.model} and {cells[0].benchmark}/"
+                    f"{cells[0].model} differ in {name}; choose models with --models, or evaluate "
+                    "again under another --name"
+                )
+        other = data.setdefault(cell.benchmark, cell)
+        if cell.config["data"] != other.config["data"]:
+            raise ValueError(
+                f"{evaluation.folder}: {cell.model} and {other.model} answered other prompt files "
+                f"as {cell.benchmark}; evaluate again under another --name"
+            )
+
+
+def _check_different(evaluations: Sequence[Evaluation]) -> None:
+    """Raises ValueError if two are one and the same."""
+    seen: dict[int, Evaluation] = {}
+    for e in evaluations:
+        answers = [
+            (key, r.prompt_id, r.sample, r.response_ids, r.self_scores, r.judge_scores)
+            for key, cell in e.cells.items()
+            for r in cell.rollouts
+        ]
+        other = seen.setdefault(hash(tuple(answers)), e)
+        if other is not e:
+            raise ValueError(
+                f"{e.folder} and {other.folder} hold the same answers, which are no evidence of "
+                "each other; give each evaluation once"
+            )
+
+
+def _check_prompts(benchmark: str, cells: Sequence[Cell]) -> None:
+    """Raises ValueError if evaluations share some of their prompts, and not all or hardly any."""
+    for k, cell in enumerate(cells):
+        for other in cells[:k]:
+            both, either = len(cell.asked & other.asked), len(cell.asked | other.asked)
+            if 0.05 < both / max(either, 1) < 0.95:
+                raise ValueError(
+                    f"{cell.evaluation.folder} and {other.evaluation.folder} share {both} of "
+                    f"{either} prompts of {benchmark}; give evaluations that share their prompts, "
+                    "or such that have prompts of their own each"
+                )
+
+
+def same_prompts(cells: Sequence[Cell]) -> bool:
+    """Whether evaluations are of the same prompts (Results refuses what is in between)."""
+    return len(cells[0].asked & cells[-1].asked) * 2 > len(cells[0].asked)
+
+
+def _place(checkpoint: Path) -> tuple[int, float]:
+    cycle, step = checkpoint_place(checkpoint)
+    return cycle, math.inf if step is None else step
 
 
 def by_settings(evaluations: Sequence[Evaluation]) -> list[Results]:
@@ -137,24 +246,44 @@ def by_settings(evaluations: Sequence[Evaluation]) -> list[Results]:
 # Columns
 
 
-def _column(interval: Callable[..., Interval], prepare: Callable[[Cell], tuple]) -> Column:
-    """`prepare`: of a cell the arguments of `interval`."""
+def estimates(
+    prepare: Callable[[Cell], Estimate | None], cells: Sequence[Cell]
+) -> list[Estimate] | str:
+    """One for each evaluation; a text where only some have the figure, [] where none has."""
+    found = [prepare(cell) for cell in cells]
+    known = [x for x in found if x is not None]
+    return known if len(known) in (0, len(cells)) else f"in {len(known)} of {len(cells)} only"
 
-    def column(cells: list[Cell]) -> Interval:
-        if len(cells) == 1:
-            return interval(*prepare(cells[0]))
-        runs = [interval(*prepare(cell), draws=0).mean for cell in cells]
-        return intervals.over_seeds([x for x in runs if x is not None])
+
+def statistic(
+    prepare: Callable[[Cell], Estimate | None],
+    scale: Scale = intervals.PLAIN,
+    proportion: bool = False,
+) -> Column:
+    """Any figure. `prepare`: of a cell its estimate, on the scale."""
+
+    def column(cells: list[Cell]) -> Figure:
+        found = estimates(prepare, cells)
+        if isinstance(found, str):
+            return found
+        return intervals.interval(found, same_prompts(cells), scale, proportion)
 
     return column
 
 
-# Each takes a function of a cell. mean: (one number per response, its prompt), a mean over
-# responses. ratio: (numerators, denominators) by prompt, sum / sum. statistic: (any figure as a
-# function of response indices, the prompt of every response).
-mean = partial(_column, intervals.over_prompts)
-ratio = partial(_column, intervals.ratio)
-statistic = partial(_column, intervals.of_statistic)
+def mean(values: Callable[[Cell], Values]) -> Column:
+    """Mean over responses. `values`: of a cell one number per response, and its prompt."""
+    return statistic(lambda c: intervals.mean(*values(c)))
+
+
+def share(values: Callable[[Cell], Values]) -> Column:
+    """The same of numbers from 0 to 1 that may all be 0 or 1."""
+    return statistic(lambda c: intervals.mean(*values(c)), proportion=True)
+
+
+def ratio(parts: Callable[[Cell], tuple[Sequence[float], Sequence[float], Sequence]]) -> Column:
+    """sum / sum. `parts`: numerators, denominators and ids, one of each per prompt."""
+    return statistic(lambda c: intervals.ratio(*parts(c)))
 
 
 def measure(columns: Mapping[str, Column], cells: list[Cell]) -> dict[str, Figure]:
@@ -207,6 +336,12 @@ class Table:
         higher: Collection[str] = (),
         lower: Collection[str] = (),
     ) -> "Table":
+        if any(_measured(x) and x.low is None for row in rows for x in row.values()):
+            note += (
+                f" [-]: no interval, because there are fewer than {intervals.FEWEST} prompts, or "
+                "just two evaluations of the same prompts, or the figure does not vary, or no "
+                "interval is known to hold it."
+            )
         return cls(title, note, pd.DataFrame(rows, dtype=object), higher, lower)
 
     @property
@@ -215,17 +350,24 @@ class Table:
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
     def strings(self) -> pd.DataFrame:
-        """The frame as it is shown. The paper's figures stand in brackets after ours."""
+        """The frame as it is shown. The paper's figures stand in brackets after ours. n: of a row's
+        figures; one that is of another number of prompts says so."""
         shown = {}
+        counts = [_usual_n(row) for row in self.frame.to_dict("records")]
         for header, column in self.frame.items():
             if not header.endswith(PAPER):
-                shown[header] = [show(x, header) for x in column]
+                shown[header] = [
+                    show(x, header) + (f" (n {x.n:,})" if _measured(x) and x.n != n else "")
+                    for x, n in zip(column, counts, strict=True)
+                ]
             else:
                 ours = header.removesuffix(PAPER)
                 shown[ours] = [
                     text if paper is None else f"{text} (paper {paper:.3f})"
                     for text, paper in zip(shown[ours], column, strict=True)
                 ]
+        if any(counts):
+            shown["n"] = [f"{n:,}" if n else "-" for n in counts]
         return pd.DataFrame(shown)
 
     def text(self) -> str:
@@ -254,6 +396,16 @@ class Table:
             else:
                 columns[header] = column
         return pd.DataFrame(columns, dtype=object).to_csv(index=False)
+
+
+def _measured(figure: Figure) -> bool:
+    return isinstance(figure, Interval) and figure.mean is not None
+
+
+def _usual_n(row: Mapping[str, Figure]) -> int:
+    """The n of most of a row's figures; 0 if it has none."""
+    counts = Counter(x.n for x in row.values() if _measured(x))
+    return counts.most_common(1)[0][0] if counts else 0
 
 
 def show(figure: Figure, header: str = "") -> str:

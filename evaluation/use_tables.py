@@ -1,107 +1,19 @@
-"""More tables that are not in the paper: what the scores know that was not trained, where their
-error comes from, what changes them, what they are good for (Sec. 5), and the same models under
-other settings. controls.py explains each figure."""
+"""More tables that are not in the paper: what changes the scores, what they are good for (Sec. 5),
+and the same models under other settings. controls.py explains each figure."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation import controls
-from evaluation.controls import Use, qualities
-from evaluation.metrics import correlation
+from evaluation import controls, intervals
+from evaluation.intervals import Estimate
 from evaluation.paper_tables import MAIN
+from evaluation.predictors import qualities
 from evaluation.results import Cell
-from evaluation.table import Column, Results, Table, Values, mean, measure, rows, statistic
+from evaluation.table import Column, Results, Table, Values, mean, measure, rows, share, statistic
 from prompts import ATTRIBUTES, EXAMPLES, FEW_SHOT
 
 SHARE = 0.25  # of the answers goes to the stronger model
-LOW = 0.5  # AUROC and ECE: does the model predict a quality below this?
-
-
-def distributions(results: Results, before: str) -> Table:
-    """`before`: whose digits stand before each score position, "own" or "judge"."""
-
-    def per_position(value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Column:
-        """`value`: (n, 5, 10) log-probabilities, (n, 5) judge's scores -> (n, 5)."""
-
-        def values(c: Cell) -> Values:
-            indices, logp = c.log_probabilities(before)
-            return value(logp, c.j[indices]).mean(1), c.prompts[indices]
-
-        return mean(values)
-
-    def low_quality(value: Callable[[np.ndarray, np.ndarray], float | None]) -> Column:
-        """`value`: (n,) stated probability of a low quality, (n,) whether it is low -> figure."""
-
-        def prepare(c: Cell) -> tuple[Callable, Sequence]:
-            indices, logp = c.log_probabilities(before)
-            p, low = controls.probability_below(logp, LOW), c.quality[indices] < LOW
-            return lambda i: value(p[i], low[i]), c.prompts[indices]
-
-        return statistic(prepare)
-
-    note = (
-        "Negative log-likelihood of the judge's digit (nats) and ranked probability score, both "
-        f"per position, lower is better; whether a quality below {LOW} is predicted: area under "
-        "the ROC curve and expected calibration error; mean absolute error of the expected score."
-    )
-    if before == "judge":
-        note += " A position knows the judge's scores before it, which are related to its own."
-    columns = {
-        "NLL": per_position(controls.negative_log_likelihood),
-        "RPS": per_position(controls.ranked_probability_score),
-        "AUROC": low_quality(controls.auroc),
-        "ECE": low_quality(controls.expected_calibration_error),
-        "MAE of the expected score": per_position(
-            lambda logp, j: np.abs(controls.expected_scores(logp) - j)
-        ),
-    }
-    return Table.of(
-        f"Ten-digit distributions, after the {'model' if before == 'own' else 'judge'}'s digits",
-        note,
-        rows(results, columns, lambda c: c.log_probabilities("own")[0]),
-        higher=("AUROC",),
-        lower=[header for header in columns if header != "AUROC"],
-    )
-
-
-def errors(results: Results) -> Table:
-    """By attribute."""
-
-    def columns(a: int) -> dict[str, Column]:
-        def of_scores(value: Callable[[np.ndarray, np.ndarray], float | None]) -> Column:
-            """`value`: (n, 1) the model's scores of this attribute, (n, 1) the judge's -> figure"""
-
-            def prepare(c: Cell) -> tuple[Callable, Sequence]:
-                s, j = c.s[:, [a]], c.j[:, [a]]
-                return lambda i: value(s[i], j[i]), c.prompts
-
-            return statistic(prepare)
-
-        return {
-            "self - judge": mean(lambda c: (c.s[:, a] - c.j[:, a], c.prompts)),
-            "bias": of_scores(lambda s, j: controls.error_split(s, j)[0].bias),
-            "spread": of_scores(lambda s, j: controls.error_split(s, j)[0].spread),
-            "rest": of_scores(lambda s, j: controls.error_split(s, j)[0].rest),
-            "kappa": of_scores(lambda s, j: controls.kappa(s, j)[0]),
-            "correlation": of_scores(lambda s, j: correlation(s[:, 0], j[:, 0])),
-        }
-
-    return Table.of(
-        "Parts of the squared error, and quadratic kappa",
-        "Self - judge: mean of the model's score minus the judge's. Bias: its square. Spread: "
-        "squared difference of the standard deviations. Rest: scores in the wrong order. Bias, "
-        "spread and rest add up to the mean squared error. Correlation: Pearson's.",
-        [
-            {"benchmark": b, "model": m, "attribute": attribute} | measure(columns(a), cells)
-            for b, m, cells in results.each()
-            if cells[0].valid
-            for a, attribute in enumerate(ATTRIBUTES)
-        ],
-        higher=("kappa", "correlation"),
-        lower=("bias", "spread", "rest"),
-    )
 
 
 def copied(c: Cell) -> Values:
@@ -125,7 +37,7 @@ def sensitivity(results: Results) -> Table:
     columns = {
         "another prompt's answer": change("another"),
         "half of the answer": change("cut"),
-        "copied": mean(copied),
+        "copied": share(copied),
     }
     return Table.of(
         "Does the score depend on the answer?",
@@ -142,30 +54,38 @@ def best_of_n(field: str) -> Column:
 
     def values(c: Cell) -> Values:
         uses = controls.best_of_n(c.own_quality, c.quality, c.prompts)
-        return [getattr(use, field) for use in uses], range(len(uses))
+        return [getattr(use, field) for use in uses], list(dict.fromkeys(c.prompts))
 
     return mean(values)
 
 
 def selective(field: str) -> Column:
-    def use(c: Cell, i: np.ndarray) -> Use:
-        return controls.selective_answering(c.own_quality[i], c.quality[i])
+    def prepare(c: Cell) -> Estimate | None:
+        loss = 1 - c.quality
+        if field == "random":
+            return intervals.mean(loss, c.prompts)
+        confidence = c.own_quality if field == "by_self" else c.quality
+        return intervals.of_weights(controls.risk_coverage(confidence, loss), c.prompts)
 
-    return statistic(lambda c: (lambda i: getattr(use(c, i), field), c.prompts))
+    return statistic(prepare)
 
 
 def escalated(field: str) -> Column:
     """On the answers to prompts that the stronger model answered too."""
 
-    def prepare(c: Cell) -> tuple[Callable, Sequence]:
+    def prepare(c: Cell) -> Estimate | None:
         both = np.array([prompt in c.stronger for prompt in c.prompts], bool)
         prompts, own, judge = c.prompts[both], c.own_quality[both], c.quality[both]
-        stronger = qualities(np.array([c.stronger[p] for p in prompts]).reshape(-1, 5))
-
-        def figure(i: np.ndarray) -> float:
-            return getattr(controls.escalation(own[i], judge[i], stronger[i], SHARE), field)
-
-        return figure, prompts
+        gain = qualities(np.array([c.stronger[p] for p in prompts]).reshape(-1, 5)) - judge
+        without = intervals.mean(judge, prompts)
+        if field == "random":
+            gained = intervals.mean(gain * SHARE, prompts)
+        else:
+            rating = own if field == "by_self" else -gain
+            gained = intervals.of_weights(controls.escalation(rating, gain, SHARE), prompts)
+        return without and Estimate(
+            without.value + gained.value, without.pulls + gained.pulls, without.prompts
+        )
 
     return statistic(prepare)
 
@@ -211,7 +131,7 @@ def other_settings(results: Results, others: Sequence[Results]) -> Table:
         if not header or header in columns:  # the same settings again
             header = f"{header} {group.evaluations[0].folder}".strip()
         columns[header] = group
-    metrics = MAIN | {"copied": mean(copied)}
+    metrics = MAIN | {"copied": share(copied)}
     return Table.of(
         "The same models under other settings",
         "Each column is an evaluation of its own. Copied: share of score vectors that stand in a "
@@ -229,7 +149,4 @@ def other_settings(results: Results, others: Sequence[Results]) -> Table:
     )
 
 
-TABLES = (
-    partial(distributions, before="own"), partial(distributions, before="judge"), errors,
-    sensitivity, uses,
-)  # fmt: skip
+TABLES = (sensitivity, uses)

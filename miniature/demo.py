@@ -35,7 +35,7 @@ MODELS = ("base", "rlcr", "see")
 # What the demo shows of the report: label -> table's file, column, attribute if there is one.
 MAIN = "tables-1-and-2-quality-and-calibration"
 PREDICTORS = "calibration-beside-predictors-that-know-less"
-ERRORS = "parts-of-the-squared-error-and-quadratic-kappa"
+ERRORS = "where-the-error-comes-from-by-attribute"
 TOP_5 = "table-4-top-5-accuracy"
 SHOWN = {
     "well-formed": (MAIN, "well-formed"),
@@ -104,7 +104,8 @@ def evaluate(base: Path, see: RunFolder, rlcr: RunFolder, results: Path) -> None
     of the last ones."""
     p = PRESETS["tiny"]
     options = (
-        "--benchmarks", f"test={base / 'test.jsonl'}", "--training_run", see,
+        "--benchmarks", f"test={base / 'test.jsonl'}", "--primary", "test", "see",
+        "--training_run", see,
         "--name", results.relative_to("results"), "--judge", p.judge, "--template", p.template,
         "--prompt_tokens", p.prompt_tokens, "--sampling.max_tokens", p.sampling.max_tokens,
         "--dtype", p.policy.dtype, "--sampler", p.sampler, "--sample_rows", 512,

@@ -22,7 +22,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,7 @@ class Prompt:
     id: str
     conversation: tuple[Turn, ...]  # the last turn is the user's
     references: tuple[Reference, ...] = ()
+    category: str = ""  # as the file names it
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
@@ -66,7 +67,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     kind = None
     for where, row in read_rows(path):
         kind = kind or _kind(where, row)
-        prompt = KINDS[kind](where, row)
+        prompt = replace(KINDS[kind](where, row), category=_category(row))
         if earlier := prompts.get(prompt.id):
             if earlier.conversation != prompt.conversation:
                 raise DataError(
@@ -74,7 +75,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
                     "ids unique"
                 )
             references = earlier.references + prompt.references
-            prompt = Prompt(prompt.id, prompt.conversation, references)
+            prompt = replace(prompt, references=references)
         prompts[prompt.id] = prompt
     if not prompts:
         raise DataError(f"{path}: the file holds no prompt; give one JSON object per line")
@@ -166,6 +167,12 @@ def _kind(where: str, row: dict) -> str:
         f"{where}: no field prompt, conversation, conversation_input or instruction; fields found: "
         f"{', '.join(row) or 'none'}"
     )
+
+
+def _category(row: dict) -> str:
+    """Arena-Hard's, WildBench's and AlpacaEval's field, or a plain file's; "" without one."""
+    names = (row.get(field) for field in ("category", "primary_tag", "dataset"))
+    return next((name for name in names if isinstance(name, str) and name), "")
 
 
 def _text(where: str, row: dict, field: str) -> str:

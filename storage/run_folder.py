@@ -13,7 +13,10 @@ runs/NAME/                        RunFolder
 results/NAME/                     EvaluationFolder
     models.json                   the models in the order of their first evaluation, base first,
                                   without a run's earlier checkpoints
+    declared.json                 benchmarks in their order; the primary endpoint, as declared
     window.jsonl                  the base's self-scores for the training window's answers
+    window_states.npz             the base's last hidden states of the training prompts
+    BENCHMARK/prompt_states.npz   those of the benchmark's prompts
     BENCHMARK/stronger.jsonl      judgements of a stronger model's answers
     BENCHMARK/MODEL/              CellFolder: config.json, env.json, judge_cache.jsonl and
         rollouts.jsonl            the answers
@@ -105,6 +108,13 @@ class RunFolder(Folder):
     def first_cycle(self) -> list[Rollout]:
         """The judged rollouts of the first cycle."""
         return [r for r in read_rollouts(self.rollouts(1)) if r.judge_scores is not None]
+
+    def last_cycle(self) -> list[Rollout]:
+        """The judged rollouts of the last cycle that has some."""
+        newest_first = sorted((self.path / "rollouts").glob("cycle_*.jsonl"),
+                              key=lambda path: -int(path.stem.split("_")[1]))  # fmt: skip
+        cycles = ([r for r in read_rollouts(p) if r.judge_scores is not None] for p in newest_first)
+        return next(filter(None, cycles), [])
 
     def window_ids(self) -> list[str]:
         return read_json(self.window_file, list)
@@ -220,8 +230,22 @@ class EvaluationFolder:
         return self.path / "models.json"
 
     @property
+    def declared_file(self) -> Path:
+        return self.path / "declared.json"
+
+    def declared(self) -> dict:
+        return read_json(self.declared_file) if self.declared_file.exists() else {}
+
+    @property
     def window_scores_file(self) -> Path:
         return self.path / "window.jsonl"
+
+    @property
+    def window_states_file(self) -> Path:
+        return self.path / "window_states.npz"
+
+    def states_file(self, benchmark: str) -> Path:
+        return self.path / benchmark / "prompt_states.npz"
 
     def stronger_file(self, benchmark: str) -> Path:
         return self.path / benchmark / "stronger.jsonl"
@@ -238,14 +262,16 @@ class EvaluationFolder:
         return read_json(self.models_file, list) if self.models_file.exists() else []
 
     def cells(self) -> dict[tuple[str, str], CellFolder]:
-        """Cells by (benchmark, model). Models are in the order of models.json, and benchmarks of a
-        model by name."""
+        """Cells by (benchmark, model), in the order in which models and benchmarks were given; by
+        name where that is not on file."""
         if RunFolder(self.path).window_file.exists():
             return {}  # a run, whose checkpoints have a config.json too
-        order = self.models()
+        models = self.models()
+        benchmarks = self.declared().get("benchmarks", [])
 
-        def sort_key(path: Path) -> tuple[int, Path]:
-            return (order.index(path.name) if path.name in order else len(order)), path
+        def sort_key(path: Path) -> tuple[int, int, Path]:
+            names = ((path.name, models), (path.parent.name, benchmarks))
+            return *(o.index(x) if x in o else len(o) for x, o in names), path
 
         paths = [path.parent for path in self.path.glob("*/*/config.json")]
         return {(p.parent.name, p.name): CellFolder(p) for p in sorted(paths, key=sort_key)}

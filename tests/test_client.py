@@ -295,7 +295,7 @@ def test_both_commands_keep_the_url_that_they_begin_with(monkeypatch):
 
     monkeypatch.setenv("OPENAI_BASE_URL", "http://b/v1/")
     monkeypatch.setattr(cycle, "prepare", look)
-    monkeypatch.setattr(evaluate, "prepare", look)
+    monkeypatch.setattr(evaluate, "check_judges", look)
     with pytest.raises(SystemExit, match="error: at http://b/v1$"):
         cycle.main(Config(judge="another", sampler="transformers"))
     arguments = "evaluate --models m --benchmarks b --name x --judge another --sampler transformers"

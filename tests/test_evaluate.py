@@ -19,13 +19,14 @@ from backend.sampler import SamplingParams, make_sampler
 from config import CellConfig, EvaluationConfig
 from evaluation import figures, stages
 from evaluation.digits import Question, Reader
+from evaluation.prompt_states import read_states
 from evaluation.results import load_evaluation
 from evaluation.table import Results
 from plan import Inputs
 from storage import hub
 from storage.answers import Answers
 from storage.data import Prompt, load_prompts, near_duplicates
-from storage.files import read_lines
+from storage.files import FileError, read_lines
 from storage.record import answer_text, append_rollout
 from storage.run_folder import CellFolder, RunFolder
 
@@ -58,6 +59,53 @@ def command(base, other, *benchmarks, **options):
 
 def lines(path):
     return [row for _, _, row in read_lines(path)]
+
+
+def test_what_is_declared_first_stands(tmp_path, monkeypatch):
+    """The base alone declares nothing; then the default or what is said; later choices are kept as
+    later ones."""
+    monkeypatch.chdir(tmp_path)
+
+    def declare(*models, benchmarks=("one=f", "two=g"), **options):
+        config = EvaluationConfig(models=models, benchmarks=benchmarks, name="x", **options)
+        evaluate.declare(config)
+        return config.folder.declared()
+
+    assert declare("base=m")["primary"] is None
+    first = declare("base=m", "see=n", "rlcr=r", primary=("two", "see"), margin=0.03)
+    assert first == {"benchmarks": ["one", "two"], "primary": ["two", "see"], "margin": 0.03,
+                     "later": []}  # fmt: skip
+    again = declare("base=m", "rlcr=r", benchmarks=("zero=h", "one=f"), primary=("one", "rlcr"))
+    assert again["primary"] == ["two", "see"] and again["later"] == [["one", "rlcr"]]
+    assert again["benchmarks"] == ["one", "two", "zero"]
+    assert declare("base=m", "see=n") == again  # a default that nobody asked for is no second look
+    other = EvaluationConfig(models=("base=m", "see=n"), benchmarks=("one=f",), name="y")
+    assert other.primary_endpoint() == ("one", "see")
+    for wrong in (("one",), ("three", "see"), ("one", "none")):
+        with pytest.raises(ValueError, match="--primary .*: say one of the benchmarks one"):
+            dataclasses.replace(other, primary=wrong).primary_endpoint()
+
+
+def test_the_last_hidden_state_of_a_prompt(tmp_path, parrot_folder, tokenizer):
+    """That of its last token, whatever it is padded with; read once for the same weights."""
+    rollouts = [
+        dataclasses.replace(make_rollout(tokenizer, prompt=text), prompt_id=text)
+        for text in ("Say something.", "Say something about moss and clay.")
+    ]
+    model = AutoModelForCausalLM.from_pretrained(parrot_folder)
+    path, reader = tmp_path / "states.npz", Reader(parrot_folder, "float32")
+    stages.read_prompt_states(path, rollouts, reader, "v")
+    version, states = read_states(path)
+    assert version == "v" and list(states) == [r.prompt_id for r in rollouts]
+    for r in rollouts:
+        with torch.no_grad():
+            known = model.model(torch.tensor([r.prompt_ids])).last_hidden_state[0, -1]
+        torch.testing.assert_close(torch.tensor(states[r.prompt_id]), known, rtol=1e-4, atol=1e-4)
+    stages.read_prompt_states(path, rollouts[:1], None, "v")  # nothing is asked
+    assert len(read_states(path)[1]) == 2
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(FileError, match="states.npz: not a file of hidden states"):
+        read_states(path)
 
 
 def contents(folder):

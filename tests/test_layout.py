@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # The root, in reading order, and the folders, each of which may import those after it.
 METHOD = """cycle rollout reward grpo buffer sft_masked prompts judge
-evaluate report plan config""".split()
+evaluate report plan config self_check""".split()
 FOLDERS = ["evaluation", "backend", "miniature", "judging", "storage"]
 MODULES = {
     str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
@@ -35,8 +35,9 @@ ONLY_IN = {
     "wandb": "storage.logbook",
 }
 # All others can be imported without torch.
-TORCH = {"cycle", "rollout", "grpo", "sft_masked", "evaluate", "plan", "config", "storage.logbook",
-         "evaluation.digits", "evaluation.stages", "evaluation.dry_run", "miniature.base_model",
+TORCH = {"cycle", "rollout", "grpo", "sft_masked", "evaluate", "plan", "config", "self_check",
+         "storage.logbook", "evaluation.digits", "evaluation.stages", "evaluation.dry_run",
+         "miniature.base_model",
          "miniature.demo"}  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Shared prefixes: .venv/bin/python -m pytest tests/test_packing.py"""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -35,16 +37,44 @@ def responses(prompt: int, lengths, seed: int = 0) -> list[Row]:
 TWO_GROUPS = responses(9, (4, 9, 1), seed=1) + responses(5, (6, 2, 3), seed=2)
 
 
+def gpu_arguments(batch, heads_per_key, dtype) -> dict:
+    on_gpu = batch._replace(ids=SimpleNamespace(device=torch.device("cuda")))
+    return packing.attention_arguments(on_gpu, heads_per_key, torch.bfloat16)
+
+
+def plain_varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """Sequence by sequence, with the mask written out: query i of n sees the keys up to number
+    m - n + i of m."""
+    assert window_size == (-1, 0) and enable_gqa
+    assert ends_q.dtype == ends_k.dtype == torch.int32 and ends_q[-1] == len(q)
+    assert len(k) == len(v) == ends_k[-1]
+    out, lengths = [], []
+    for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+        n, m, group = int(b - a), int(d - c), q.shape[1] // k.shape[1]
+        keys, values = (x[c:d].repeat_interleave(group, 1) for x in (k, v))  # (m, H, d)
+        scores = torch.einsum("nhd,mhd->hnm", q[a:b], keys) * scale
+        seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+        probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out.append(torch.einsum("hnm,mhd->nhd", probs, values))
+        lengths.append((n, m))
+    assert max(n for n, _ in lengths) == max_q and max(m for _, m in lengths) == max_k
+    return torch.cat(out)
+
+
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("queries", [1, 12, 768, None])
+@pytest.mark.parametrize("queries", [1, 12, 768, "ends", None])
 def test_equal_to_one_row_after_the_other(
     random_folder, monkeypatch, kind, tied, checkpointing, queries
 ):
     """Log-probabilities, entropies and all gradients against plain forwards of single rows. A pack
-    attends row by row, two or three rows at a time, or all at once; None: padded rows."""
+    attends row by row, two or three rows at a time, or all at once; "ends": as on a GPU, with the
+    kernel's documented meaning in place of the kernel; None: padded rows."""
     folder, shared = random_folder(kind, tied), queries is not None
-    if shared:
+    if queries == "ends":
+        monkeypatch.setattr(packing, "varlen_attn", plain_varlen_attn)
+        monkeypatch.setattr("backend.policy.attention_arguments", gpu_arguments)
+    elif shared:
         monkeypatch.setattr(packing, "MIN_QUERIES", queries)
     config = PolicyConfig(
         "float32", head_tokens=3, gradient_checkpointing=checkpointing, shared_prefix=shared
@@ -52,7 +82,7 @@ def test_equal_to_one_row_after_the_other(
     policy, plain = load_policy(folder, config), load_model(folder, torch.float32)
     work = share_out(TWO_GROUPS, [0] * 3 + [1] * 3, 1000, shared)
     assert [b.prefix for b in work.batches] == ([9, 5] if shared else [0])
-    if shared:
+    if isinstance(queries, int):
         products = [[c.tokens for c in attention_calls(b, 2, torch.float32)] for b in work.batches]
         # Rows of 4 9 1 and 6 2 3 tokens; with two heads to a key, 6 tokens are 12 queries.
         assert (
@@ -121,7 +151,11 @@ def test_the_prefix_ends_before_the_first_scored_token():
     assert common_prefix([Row([1, 2, 3], [False] * 3)]) == 2
 
 
-def test_rows_without_a_common_prefix(random_folder):
+@pytest.mark.parametrize("ends", [False, True])
+def test_rows_without_a_common_prefix(random_folder, monkeypatch, ends):
+    if ends:
+        monkeypatch.setattr(packing, "varlen_attn", plain_varlen_attn)
+        monkeypatch.setattr("backend.policy.attention_arguments", gpu_arguments)
     policy, plain = (
         load_policy(random_folder(), PolicyConfig("float32", shared_prefix=s), trainable=False)
         for s in (True, False)

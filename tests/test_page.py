@@ -12,7 +12,7 @@ import pytest
 
 import report
 from config import CellConfig
-from evaluation import answers, control_tables, page, paper_tables, summary
+from evaluation import answers, comparison_tables, page, paper_tables, summary
 from evaluation.intervals import Interval
 from evaluation.results import load_evaluation
 from evaluation.table import Results, Table
@@ -119,7 +119,7 @@ def test_what_a_table_marks():
     assert [c["first"] for c in view["columns"]][2:4] == ["descending", "ascending"]
     (_, (base, see)), (_, (alone, nothing)) = view["groups"]
     assert [c["text"] for c in base] == ["base", "9", "0.500", "2.000", "1.000", "<0.001"]
-    assert [c["detail"] for c in base] == ["", "", "[0.250, 0.750]", "n 4", "", ""]
+    assert [c["detail"] for c in base] == ["", "", "[0.250, 0.750]", "[-], n 4", "[-]", ""]
     assert [c.get("best", False) for c in base] == [False, False, False, True, True, False]
     assert [c.get("best", False) for c in see] == [False, False, True, False, True, False]
     assert [c.get("star", False) for c in see] == [False, False, True, False, False, False]
@@ -128,20 +128,30 @@ def test_what_a_table_marks():
     assert [c["number"] for c in base] == [False, True, True, True, True, True]
 
 
-def comparison(mean: float | None, p: float | None) -> Table:
-    row = {"benchmark": "one", "model": "see", "difference": control_tables.PRIMARY,
-           "mean": Interval(mean, mean, mean, 7), "p": p, "corrected p": "primary"}  # fmt: skip
-    return Table.of(control_tables.COMPARISONS, "", [row])
+def endpoint(p: float | None, *differences: float | None) -> Table:
+    first = {"benchmark": "one", "model": "see"}
+    rows = [
+        first | {"calibration minus that of": f"rival {k}", "p": p, "this is": "primary endpoint",
+                 "difference": x if x is None else Interval(x, x, x, 17)}
+        for k, x in enumerate(differences)
+    ]  # fmt: skip
+    together = {"calibration minus that of": comparison_tables.TOGETHER, "difference": None, "p": p}
+    rows.append(first | together | {"this is": "primary endpoint"})
+    return Table.of(comparison_tables.PRIMARY, "", rows)
 
 
-@pytest.mark.parametrize(("mean", "p", "says"), [
-    (0.125, 0.0001, "Held: 0.125 [0.125, 0.125], p <0.001, n 7 prompts."),
-    (0.125, 0.07, "Not held: 0.125 [0.125, 0.125], p 0.070, n 7 prompts."),
-    (-0.125, 0.0001, "Not held: -0.125 [-0.125, -0.125], p <0.001, n 7 prompts."),
-    (None, None, "Cannot be computed: it needs evaluate.py's --training_run."),
+@pytest.mark.parametrize(("p", "says"), [
+    (0.0001, "Held: p <0.001; see on one (primary endpoint)."),
+    (0.07, "Not held: p 0.070; see on one (primary endpoint)."),
+    (None, "Cannot be computed: one of the three predictors is missing; "
+           "see on one (primary endpoint)."),
 ])  # fmt: skip
-def test_whether_the_primary_endpoint_held(mean, p, says):
-    assert summary.endpoint([comparison(mean, p)], "prompts")[0] == says
+def test_whether_the_primary_endpoint_held(p, says):
+    first, second, third = summary.endpoint([endpoint(p, 0.125, None)], "prompts")
+    assert first == says
+    assert second == ("Calibration minus that of rival 0: 0.125 [0.125, 0.125], n 17 prompts.")
+    assert third == "Calibration minus that of rival 1: -."
+    assert "--training_run" in summary.endpoint([], "prompts")[0]
 
 
 def test_the_star_is_for_corrected_differences_from_the_base():
@@ -150,10 +160,10 @@ def test_the_star_is_for_corrected_differences_from_the_base():
                 "corrected p": corrected}  # fmt: skip
 
     rows = [row("quality - base's", 0.06), row("calibration - base's", 0.04),
-            row("quality - rlcr's", 0.01), row(control_tables.PRIMARY, "primary")]  # fmt: skip
-    table = Table.of(control_tables.COMPARISONS, "", rows)
-    assert control_tables.differ_from_base(table, "base") == {("one", "see", "calibration")}
-    assert [control_tables.significant(r) for r in rows] == [False, True, True, True]
+            row("quality - rlcr's", 0.01), row("quality - half", None)]  # fmt: skip
+    table = Table.of(comparison_tables.COMPARISONS, "", rows)
+    assert comparison_tables.differ_from_base(table, "base") == {("one", "see", "calibration")}
+    assert [comparison_tables.significant(r) for r in rows] == [False, True, True, False]
 
 
 def test_what_stands_at_the_top(tmp_path):
@@ -166,7 +176,7 @@ def test_what_stands_at_the_top(tmp_path):
     out = tmp_path / "out"
     text = report.run(report.Command((folder,), out=out), ["report.py", "a b"])
     results = Results([load_evaluation(folder)])
-    tables = [paper_tables.main_table(results), comparison(1, 1)]
+    tables = [paper_tables.main_table(results), endpoint(0.01, 0.5)]
     cells = [cell for _, _, [cell] in results.each()]
     said = dict(summary.summary(cells, tables, "report.py"))
     quality_of, top, less = (f"{x:.3f}" for x in (18 / 27, 1, calibration(OWN["base"], JUDGE)))
@@ -275,7 +285,7 @@ def large(tmp_path_factory) -> Path:
     """A page with 5,000 answers."""
     root = tmp_path_factory.mktemp("large")
     results = Results([load_evaluation(make_results(root, 1250, ("base", "see")))])
-    tables = [paper_tables.main_table(results), control_tables.comparisons(results)]
+    tables = [paper_tables.main_table(results), comparison_tables.comparisons(results)]
     shown = answers.shown([cell for _, _, [cell] in results.each()], 0)
     file = root / "report.html"
     file.write_text(page.page("large", 2.0, [], "prompts", [], tables, results, shown))

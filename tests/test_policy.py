@@ -6,12 +6,13 @@ import weakref
 import pytest
 import torch
 from conftest import make_rollout
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backend import parallel
 from backend.model_folder import check_model_folder
 from backend.packing import Row, share_out
-from backend.policy import PolicyConfig, export, load_policy
+from backend.policy import PolicyConfig, export, load_model, load_policy
 from grpo import GRPOConfig, make_optimizer, policy_loss, response_row
 from sft_masked import masked_loss
 
@@ -55,6 +56,35 @@ def test_the_head_runs_on_scored_tokens_only_and_in_chunks(random_folder, tokeni
         [batch] = share_out([one], [0], 1000).batches
         policy(batch).logp.sum().backward()
     assert seen == [4, 4, 1] * 4
+
+
+@pytest.mark.parametrize(("kind", "tied"), KINDS)
+def test_what_each_rank_reads_is_what_transformers_loads(random_folder, kind, tied):
+    """Parameters, the tables of rotary positions, and the tie."""
+    folder = random_folder(kind, tied)
+    policy, whole = load_policy(folder, FP32), load_model(folder, torch.float32)
+    for read, loaded in ((policy.model.named_parameters, whole.named_parameters),
+                         (policy.model.named_buffers, whole.named_buffers)):  # fmt: skip
+        loaded = dict(loaded())
+        for name, tensor in read():
+            full = getattr(tensor, "full_tensor", lambda t=tensor: t)()
+            assert torch.equal(full, loaded.pop(name)), name
+        assert not loaded
+    assert (policy.model.lm_head.weight is policy.model.model.embed_tokens.weight) == tied
+    assert policy.model.config.to_dict().keys() == whole.config.to_dict().keys()
+
+
+def test_a_file_of_another_type_and_one_beside_the_models(random_folder, tmp_path, tokenizer):
+    """bf16 on file becomes fp32 parameters; only model.safetensors counts, as in the checks."""
+    whole = load_model(random_folder(), torch.bfloat16)
+    whole.save_pretrained(tmp_path)
+    other = {name: torch.zeros_like(t) for name, t in whole.state_dict().items()}
+    save_file(other, tmp_path / "older.safetensors")
+    policy = load_policy(tmp_path, FP32)
+    loaded = dict(whole.named_parameters())
+    for name, p in policy.model.named_parameters():
+        full = parallel.full_tensor(p)
+        assert full.dtype == torch.float32 and torch.equal(full, loaded[name].float()), name
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-3)])

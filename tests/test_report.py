@@ -18,8 +18,8 @@ import report
 from config import CellConfig
 from evaluation import figures, table
 from evaluation.answers import choose
-from evaluation.controls import calibrations
 from evaluation.intervals import Interval
+from evaluation.predictors import calibrations
 from evaluation.results import load_evaluation, load_run
 from evaluation.table import Results, Table, by_settings
 from prompts import ATTRIBUTES
@@ -89,7 +89,8 @@ def made(tmp_path, tokenizer):
     window = read_rollouts(run / "rollouts" / "cycle_01.jsonl")
     base = m.cell("x", "one", "base", BASE, window=str(run))
     write_text(m.root / "x" / "window.jsonl", "".join(
-        json.dumps({"version": "v", "answer_id": answer_id(r), "scores": (8,) * 5}) + "\n"
+        json.dumps({"prompt_id": "w", "version": "v", "answer_id": answer_id(r),
+                    "scores": (8,) * 5}) + "\n"
         for r in window
     ))  # fmt: skip
     see = m.cell("x", "one", "see", SEE, window=str(run))
@@ -205,37 +206,39 @@ def test_the_controls_by_hand(made):
     assert begins(see["other samples"],
                   mean(calibration(SEE[b][1], SEE[a][1])
                        for a, b in ((0, 1), (1, 0), (2, 3), (3, 2))))  # fmt: skip
-    assert see["references"] == "-" == one(less, model="base")["ceiling"]
-    # The judge's two scores of one answer differ by 5 in one attribute.
-    top = (1 - 1 / 9) ** 2
-    assert begins(see["ceiling"], top)
-    # Skill is taken on the one answer that was judged twice.
-    own, fixed = calibration(*SEE[0]), calibration((5, 5, 5, 1, 1), SEE[0][1])
-    assert begins(see["skill"], (own - fixed) / (top - fixed))
+    assert see["references"] == "-" == see["prompt only"]
+    # Errors 5 4 3 1 8 and so on of a random digit: digit d is off by (d (d+1) + (9-d) (10-d)) / 20.
+    off = [sum(abs(x - d) for x in range(10)) / 10 for d in range(10)]
+    square = [sum((x - d) ** 2 for x in range(10)) / 10 - off[d] ** 2 for d in range(10)]
+    guess = [(1 - sum(off[d] for d in j) / 45) ** 2 + sum(square[d] for d in j) / 45**2
+             for _, j in SEE]  # fmt: skip
+    assert begins(see["uniform guess"], mean(guess))
+    # The judge's two scores of one answer differ by 5 in one attribute; four would make a ceiling.
+    again = one(found["The judge against itself"], model="see")
+    assert begins(again["leave-one-out agreement"], (1 - 1 / 9) ** 2)
+    assert begins(again["its scores"], calibration(*SEE[0])) and again["ceiling"] == "-"
     assert begins(see["most probable"], 1.0) and begins(see["its scores"], mean(
         calibration(s, j) for s, j in SEE))  # fmt: skip
 
-    rows = found["Comparisons"]
-    first = rows[0]
-    assert (first["model"], first["corrected p"]) == ("see", "primary")
+    first, last, states, together = found["Primary endpoint"]
     constant = [calibration((5, 5, 5, 1, 1), j) for _, j in SEE]
     apart = [calibration(s, j) - x for (s, j), x in zip(SEE, constant, strict=True)]
-    assert begins(first["mean"], mean(apart))  # two samples of each prompt: the means' mean
-    assert sum(r["corrected p"] == "primary" for r in rows) == 1
+    assert begins(first["difference"], mean(apart)) and begins(last["difference"], mean(apart))
+    assert states["difference"] == "-" == together["p"]  # no hidden states, so no endpoint
+    assert "not declared" in first["this is"] and first["model"] == "see"
+    rows = found["Comparisons"]
     moved = one(rows, model="see", difference="calibration - base's")
-    ours, theirs = ([calibration(*x) if x else None for x in c] for c in (SEE, BASE))
-    by_prompt = [mean(ours[:2]) - mean(theirs[:2]), mean(ours[2:]) - theirs[2]]
-    assert begins(moved["mean"], mean(by_prompt))
+    ours, theirs = ([calibration(*x) for x in c if x] for c in (SEE, BASE))
+    assert begins(moved["mean"], mean(ours) - mean(theirs))  # as in Table 2
     swapped = one(
         rows, model="see", difference="on base's answers: calibration of its scores - base's"
     )
-    eights = [1 - calibration((8,) * 5, j) for _, j in BASE[:3]]
-    assert begins(swapped["mean"], mean([mean(eights[:2]), eights[2]]))
+    assert begins(swapped["mean"], mean(1 - calibration((8,) * 5, j) for _, j in BASE[:3]))
     won = one(rows, model="see", difference="response win-rate - half")
-    assert begins(won["mean"], mean([(1 + 0.5) / 2, 1]) - 0.5)
-    raw = [float(r["p"]) for r in rows[1:] if r["p"] != "-"]
-    corrected = [float(r["corrected p"].split()[0]) for r in rows[1:] if r["p"] != "-"]
-    assert all(c >= p for c, p in zip(corrected, raw, strict=True)) and max(corrected) == 1
+    assert begins(won["mean"], (1 + 0.5 + 1) / 3 - 0.5)
+    pairs = one(rows, model="see", difference="share of a prompt's pairs ordered right - half")
+    assert begins(pairs["mean"], 0.5)
+    assert all(r["p"] == "-" == r["corrected p"] for r in rows)  # two prompts
 
     swap = found["Answers by one model, scores by another: calibration"]
     assert begins(one(swap, **{"answers by": "base"})["scored by see"], 1.0)
@@ -245,8 +248,10 @@ def test_the_controls_by_hand(made):
     apart = one(found["Telling answers apart, by quality"], model="see")
     # Prompt A: judge and model put the second answer first; prompt B: the first. Both right.
     assert apart["pairs"] == "2" and begins(apart["within: accuracy"], 1.0)
+    assert apart["prompts without a tau"] == "0"
     base = one(found["Telling answers apart, by quality"], model="base")
     assert base["pairs"] == "1" and begins(base["within: accuracy"], 0.5)  # 8 and 8
+    assert base["prompts without a tau"] == "1" and base["within: tau"] == "-"
 
     forms = found["Calibration by choice of responses"]
     each = [calibration(s, j) for s, j in BASE[:3]]
@@ -260,16 +265,14 @@ def test_the_controls_by_hand(made):
 
     digits = one(found["Ten-digit distributions, after the model's digits"], model="see")
     assert begins(digits["NLL"], math.log(2))
-    parts = one(found["Parts of the squared error, and quadratic kappa"],
+    parts = one(found["Where the error comes from, by attribute"],
                 model="base", attribute="helpfulness")  # fmt: skip
-    # 8 8 5 against 4 6 5: means 7 and 5.
-    assert begins(parts["bias"], 4.0)
-    split = [float(parts[x].split(" ")[0]) for x in ("bias", "spread", "rest")]
-    assert sum(split) == pytest.approx((16 + 4 + 0) / 3, abs=2e-3)
+    # 8 8 5 against 4 6 5: means 7 and 5, sums of squares 6 and 2.
+    assert begins(parts["spread, self / judge"], math.sqrt(3)) and begins(parts["slope"], 0.0)
     assert begins(parts["self - judge"], 2.0)
     # Deviations 1 1 -2 and -1 1 0: products -1 + 1 + 0.
     assert begins(parts["correlation"], 0.0)
-    verbosity = one(found["Parts of the squared error, and quadratic kappa"],
+    verbosity = one(found["Where the error comes from, by attribute"],
                     model="see", attribute="verbosity")  # fmt: skip
     # 4 7 5 1 against 9 2 5 0: differences -5 5 0 1; means 17/4 and 4, sums of products
     # 36 + 14 + 25 + 0 - 68 = 7, of squares 91 - 289/4 and 110 - 64.
@@ -303,7 +306,7 @@ def test_the_mean_human_label_of_the_references(tmp_path, tokenizer):
     m.keys = [(p.id, k) for p in load_prompts(m.data) for k in range(2)]
     m.cell("x", "one", "base", BASE[:2])
     row = one(tables(m.root / "x")["Calibration beside predictors that know less"], model="base")
-    # Labels doubled: helpfulness (8 + 2) / 2, then 6, 4, 2, 0.
+    # Labels doubled: helpfulness between 8 and 2, then 6, 4, 2, 0.
     assert begins(row["references"], mean(calibration((5, 6, 4, 2, 0), j) for _, j in BASE[:2]))
 
 
@@ -315,11 +318,11 @@ def test_escalation_and_the_choice_of_models(made):
     ))  # fmt: skip
     found = tables(made.root / "x")
     use = one(found["Uses"], model="base", use="25% escalated to the stronger model: quality")
-    # Judged 15, 18 and 15 of 27, stronger 27, 27 and 18; a quarter of three answers is one, and the
-    # model rates the third lowest.
-    assert begins(use["by self-evaluation"], (15 + 18 + 18) / 81)
-    assert begins(use["random"], (48 + (12 + 9 + 3) / 3) / 81)
-    assert begins(use["oracle"], (27 + 18 + 15) / 81)
+    # Judged 15, 18 and 15 of 27, stronger 27, 27 and 18. A quarter of three answers is 0.75; the
+    # model rates the third lowest, and the first gains most.
+    assert begins(use["by self-evaluation"], (48 + 0.75 * 3) / 81)
+    assert begins(use["random"], (48 + 0.25 * (12 + 9 + 3)) / 81)
+    assert begins(use["oracle"], (48 + 0.75 * 12) / 81)
     only = tables(made.root / "x", models=("see",))
     assert [r["model"] for r in only["Tables 1 and 2: quality and calibration"]] == ["see"]
     with pytest.raises(ValueError, match="no results of model none"):
@@ -336,9 +339,7 @@ def test_seeds_are_the_unit_where_there_are_several(made):
     found = tables(made.root / "x", made.root / "y")
     see = one(found["Tables 1 and 2: quality and calibration"], model="see")
     first = mean(calibration(s, j) for s, j in SEE)
-    # Two means: t(0.975, 1) = 12.706 times half their distance.
-    middle, half = (first + 1) / 2, 12.7062 * (1 - first) / 2
-    assert see["calibration"] == f"{middle:.3f} [{middle - half:.3f}, {middle + half:.3f}]"
+    assert see["calibration"] == f"{(first + 1) / 2:.3f} [-]"  # two prompts
     made.cell("z", "one", "base", BASE)
     with pytest.raises(ValueError, match="other models or benchmarks|window's rollouts"):
         tables(made.root / "x", made.root / "z")
@@ -394,7 +395,7 @@ def test_settings_stand_side_by_side(made):
     known.write_text(json.dumps(config))
     rows = tables(made.root / "x", beside=[made.root / "greedy"])
     rows = rows["The same models under other settings"]
-    assert list(rows[0])[3:] == ["temperature 0.8", "temperature 0.0"]
+    assert list(rows[0])[3:-1] == ["temperature 0.8", "temperature 0.0"]
     row = next(r for r in rows if (r["model"], r["metric"]) == ("base", "calibration"))
     assert begins(row["temperature 0.8"], mean(calibration(s, j) for s, j in BASE[:3]))
     assert begins(row["temperature 0.0"], calibration(*SEE[0]))
@@ -403,34 +404,61 @@ def test_settings_stand_side_by_side(made):
     assert all(r["temperature 0.0"] == "-" for r in rows if r["model"] == "see")
     assert "The same models under other settings" not in tables(made.root / "x")
     again = tables(made.root / "x", beside=[made.root / "x"])  # the same settings: by folder
-    assert list(again["The same models under other settings"][0])[3:] == [str(made.root / "x")]
+    assert list(again["The same models under other settings"][0])[3:-1] == [str(made.root / "x")]
 
 
 def test_a_table_as_text_markdown_and_csv():
     rows = [
-        {"model": "a|b", "x": Interval(0.5, 0.25, 0.75, 2), "pairs": 1234, "p": 0.01, "note": "-5"},
-        {"model": "c", "x": Interval(1.0, None, None, 1), "pairs": 5, "p": None, "note": None},
-        {"model": "d", "x": None, "pairs": 0, "p": 1.0, "note": "w"},
+        {
+            "model": "a|b",
+            "x": Interval(0.5, 0.25, 0.75, 12),
+            "y": Interval(0.5, 0.25, 0.75, 12),
+            "z": Interval(0.5, 0.25, 0.75, 11),
+            "pairs": 1234,
+            "p": 0.0004,
+            "note": "-5",
+        },
+        {
+            "model": "c",
+            "x": Interval(1.0, None, None, 1),
+            "y": None,
+            "z": None,
+            "pairs": 5,
+            "p": None,
+            "note": None,
+        },
+        {
+            "model": "d",
+            "x": None,
+            "y": Interval(None, None, None, 0),
+            "z": "-",
+            "pairs": 0,
+            "p": 1.0,
+            "note": "w",
+        },
     ]
     table = Table.of("A title: 5 (or 6)", "Its note.", rows)
-    assert table.text().splitlines() == [
-        "A title: 5 (or 6)",
-        "Its note.",
-        "",
-        "model  x                     pairs  p      note",
-        "a|b    0.500 [0.250, 0.750]  1,234  0.010  -5",
-        "c      1.000                 5      -      -",
-        "d      -                     0      1.000  w",
+    same = "0.500 [0.250, 0.750]"
+    assert table.note.startswith("Its note. [-]: no interval")
+    assert table.text().splitlines()[3:] == [
+        "model  x                     y                     z                            pairs  "
+        "p       note  n",
+        f"a|b    {same}  {same}  {same} (n 11)  1,234  <0.001  -5    12",
+        "c      1.000 [-]             -                     -                            5      "
+        "-       -     1",
+        "d      -                     -                     -                            0      "
+        "1.000   w     -",
     ]
-    assert table.markdown().splitlines()[2:5] == [
-        "Its note.", "", "| model | x | pairs | p | note |"
-    ]  # fmt: skip
-    assert "| a\\|b | 0.500 [0.250, 0.750] | 1,234 | 0.010 | -5 |" in table.markdown()
+    assert table.markdown().splitlines()[4] == "| model | x | y | z | pairs | p | note | n |"
+    assert f"| a\\|b | {same} | {same} | {same} (n 11) | 1,234 | <0.001 | -5 | 12 |" in (
+        table.markdown()
+    )
+    parts = [f"{x},{x} low,{x} high,{x} n" for x in "xyz"]
     assert table.csv().splitlines() == [
-        "model,x,x low,x high,x n,pairs,p,note",
-        "a|b,0.5,0.25,0.75,2,1234,0.01,-5",
-        "c,1.0,,,1,5,,",
-        "d,,,,0,0,1.0,w",
+        f"model,{','.join(parts)},pairs,p,note",
+        "a|b,0.5,0.25,0.75,12,0.5,0.25,0.75,12,0.5,0.25,0.75,11,1234,0.0004,-5",
+        "c,1.0,,,1,,,,0,,,,0,5,,",
+        "d,,,,0,,,,0,,,,0,0,1.0,w",
     ]
     assert table.file_name == "a-title-5-or-6"
 
@@ -440,12 +468,11 @@ def test_one_valid_response_and_none(made):
     made.cell("few", "one", "see", [None], samples=1)
     found = tables(made.root / "few")
     main = found["Tables 1 and 2: quality and calibration"]
-    assert one(main, model="base")["calibration"] == f"{calibration(*BASE[0]):.3f}"
+    assert one(main, model="base")["calibration"] == f"{calibration(*BASE[0]):.3f} [-]"
     assert one(main, model="see")["calibration"] == "-"
-    assert one(main, model="see")["well-formed"] == "0.000"
+    assert one(main, model="see")["well-formed"] == "0.000 [-]"
     assert one(found["Win-rates against base"], model="see")["quality"] == "-"
-    [row] = found["Comparisons"]  # no window, no constant; nothing to compare
-    assert (row["model"], row["mean"]) == ("see", "-")
+    assert "Comparisons" not in found and "Primary endpoint" not in found  # nothing to compare
 
 
 def test_the_base_is_the_model_that_was_first_asked_for(made):
@@ -507,7 +534,7 @@ def test_figure_2_needs_a_runs_checkpoints(made, tmp_path):
             for c in ("cycle_01", "cycle_02_step_00001", "cycle_02")]  # fmt: skip
     assert seen == [3, 4, 6]  # the last cycle's distillation comes after its RL steps
     for model, checkpoint in (("one-cycle", "cycle_01"), ("two-cycles", "cycle_02")):
-        path = made.cell("x", "one", model, SEE)
+        path = made.cell("x", "one", model, SEE, window=str(made.root / "window"))
         config = json.loads((path / "config.json").read_text())
         config["model"] = str(run / "checkpoints" / checkpoint)
         write_text(path / "config.json", json.dumps(config))
@@ -536,13 +563,14 @@ def test_files_and_figures(made, tmp_path):
     assert (out / "tables.txt").read_text() == text and "Table 4" in text
     assert "| benchmark | model |" in (out / "tables.md").read_text()
     assert {p.name for p in out.iterdir()} == {
-        "tables.txt", "tables.md", "csv", "figure3.png", "figure4.png", "report.html"
+        "tables.txt", "tables.md", "csv", "figure3.png", "figure4.png", "reliability.png",
+        "report.html",
     }  # fmt: skip
     with open(out / "csv" / "tables-1-and-2-quality-and-calibration.csv") as f:
         base, see = csv.DictReader(f)
     assert (base["model"], see["model"]) == ("base", "see")
     assert float(base["MAE"]) == pytest.approx(2.4) and base["MAE n"] == "2"  # as by hand above
-    assert float(base["MAE low"]) <= 2.4 <= float(base["MAE high"])
+    assert base["MAE low"] == "" == base["MAE high"]
     assert len(list((out / "csv").iterdir())) == text.count("\n\n\n") + 1  # one for each table
     html = (out / "report.html").read_text()
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", html)  # nothing from elsewhere
