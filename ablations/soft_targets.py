@@ -14,7 +14,8 @@ class Soft(cycle.Run):
         mine = super().select(buffer, number)[:size][parallel.rank() :: parallel.world_size()]
         four = [(r, c.prompts[r.prompt_id], draw) for r in mine for draw in range(4)]
         asked = [c.judge.score(p.conversation, r.answer, draw=draw) for r, p, draw in four]
-        scores = c.background.submit(ask_all(asked, "soft targets")).result()
+        names = [f"prompt {p.id}" for _, p, _ in four]
+        scores = c.background.submit(ask_all(asked, "soft targets", names)).result()
         pairs = zip(four, scores, strict=True)
         return parallel.gather([replace(r, judge_scores=j) for (r, _, _), j in pairs if j])
 
