@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
+from prompts import ATTRIBUTES
 from storage.record import Rollout
 
 
@@ -38,13 +39,14 @@ def select_stratified(
     Raises ValueError if the two differ in length or a score is off the scale."""
     if len(judge_scores) != len(prompt_ids):
         raise ValueError(f"{len(judge_scores)} score vectors for {len(prompt_ids)} prompt ids")
-    if any(len(row) != 5 or not all(0 <= s <= 9 for s in row) for row in judge_scores):
-        raise ValueError("every row needs five judge scores 0-9")
+    n = len(ATTRIBUTES)
+    if any(len(row) != n or not all(0 <= s <= 9 for s in row) for row in judge_scores):
+        raise ValueError(f"every row needs {n} judge scores 0-9")
     if len(judge_scores) <= max_samples:
         return list(range(len(judge_scores)))
 
     rng = random.Random(seed)
-    cells: dict[tuple[int, int], list[int]] = {(a, b): [] for a in range(5) for b in range(5)}
+    cells: dict[tuple[int, int], list[int]] = {(a, b): [] for a in range(n) for b in range(5)}
     for i, row in enumerate(judge_scores):
         for attribute, score in enumerate(row):
             cells[attribute, score // 2].append(i)  # bins {0,1}, {2,3}, ..., {8,9}

@@ -99,9 +99,10 @@ class Config(CommonConfig):
     batch: Count = 16
     """B_RL, prompts per RL step over all ranks (Table 5)."""
     epochs: Count = 1
-    """Passes over the window per cycle."""
+    """Passes over the window per cycle, of which a cycle takes `rl_steps` batches."""
     rl_steps: Count = 10
-    """K, RL steps per cycle (Table 5); must be epochs x floor(window / batch)."""
+    """K, RL steps per cycle (Table 5); at most epochs x floor(window / batch), which is the paper's
+    number. With fewer, each cycle takes part of the window, drawn anew."""
     rollouts: in_range(int, "[2, inf)") = 8
     """Rollouts per prompt: the GRPO group size (Table 5)."""
     reference: Literal["cycle", "base"] = "cycle"

@@ -49,9 +49,9 @@ from storage.progress import progress
 from storage.record import Rollout, read_rollouts
 
 
-def main(config: Config | None = None) -> None:
-    """Run SEE. `config` None: from the command line."""
-    config = config or parse(sys.argv[1:], __doc__)
+def main(config: Config | None = None, options: Sequence[str] = ()) -> None:
+    """Run SEE. `config` None: from the command line, with a variant's `options` after it."""
+    config = config or parse([*sys.argv[1:], *options], __doc__)
     first = parallel.rank() == 0
     try:
         parallel.refuse_restart()

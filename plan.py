@@ -37,6 +37,7 @@ from prompts import check_tokenizer, prompt_ids
 from storage.data import Prompt, load_prompts
 from storage.hub import data_file, fetch_weights, model_folder
 from storage.logbook import check_same_config, wandb_ready
+from storage.program import check_same_program
 from storage.run_folder import RunFolder
 
 
@@ -114,6 +115,7 @@ def resolve(config: Config) -> Setup:
     window = [fitting[i] for i in chosen]
     folder = config.folder
     check_same_config(folder, config, MAY_CHANGE)
+    check_same_program(folder)
     if folder.window_file.exists() and folder.window_ids() != [p.id for p in window]:
         raise ValueError(
             f"{folder.window_file} names other prompts than {config.data} gives now; restore the "
@@ -125,12 +127,12 @@ def resolve(config: Config) -> Setup:
 def check_options(config: Config) -> None:
     """Raises ValueError for options that are inconsistent with each other or with the number of
     ranks."""
-    if config.rl_steps != config.epochs * (config.window // config.batch):
+    steps = config.epochs * (config.window // config.batch)
+    if config.rl_steps > steps:
         raise ValueError(
             f"rl_steps {config.rl_steps} does not fit: {config.epochs} epoch(s) of a window of "
-            f"{config.window} in batches of {config.batch} are "
-            f"{config.epochs * (config.window // config.batch)} steps; give --rl_steps "
-            f"{config.epochs * (config.window // config.batch)}"
+            f"{config.window} in batches of {config.batch} are {steps} steps; give --rl_steps "
+            f"{steps} or less, or more --epochs"
         )
     check_name(config.name)
     if config.batch % world_size():
@@ -190,8 +192,8 @@ def obstacles(config: Config, setup: Setup) -> list[str]:
 
 
 def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[Prompt]]:
-    """The prompts of each RL step of a cycle; in each epoch an incomplete last batch is
-    dropped."""
+    """The prompts of each RL step of a cycle: the first `rl_steps` batches of its epochs. In each
+    epoch an incomplete last batch is dropped."""
     rng = random.Random(config.seed + cycle)
     batches = []
     for _ in range(config.epochs):
@@ -200,7 +202,7 @@ def step_batches(config: Config, window: list[Prompt], cycle: int) -> list[list[
             order[i : i + config.batch]
             for i in range(0, len(order) - config.batch + 1, config.batch)
         ]
-    return batches
+    return batches[: config.rl_steps]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +269,8 @@ def _schedule(config: Config, setup: Setup) -> list[str]:
         f"phase 1     {config.cycles} cycle(s) x {config.rl_steps} RL steps x {config.batch} "
         f"prompts x {config.rollouts} rollouts = {rollouts:,} rollouts, {steps * config.batch:,} "
         "sample-passes",
-        f"            {dropped} prompt(s) of the window left over in each epoch",
+        f"            {dropped} prompt(s) of the window left over in each epoch; a cycle takes "
+        f"{config.rl_steps} of its {config.epochs * (config.window // config.batch)} batches",
         f"            AdamW, learning rate {config.grpo.lr:g} constant, one step per batch",
         f"sampling    temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k}, at most "
         f"{s.max_tokens:,} tokens",

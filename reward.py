@@ -2,13 +2,18 @@
 
 `s` are the model's self-scores and `j` the judge's scores: five integers 0-9 each, in the order of
 `prompts.ATTRIBUTES`. Quality uses the first three (helpfulness, correctness, coherence),
-calibration all five."""
+calibration all five.
+
+The metric "calibration" of training and evaluation is the function below with the paper's gamma,
+whatever exponent the reward of a run has, so that runs can be compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from storage.options import Finite, Options, Positive
+
+EVALUATIVE = 3  # the first attributes, which make the quality; the others describe
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class RewardConfig(Options):
 
 def quality(judge: Sequence[int]) -> float:
     """Mean of the three evaluative scores on [0, 1] (Eq. 1, quality)."""
-    return sum(judge[:3]) / 3 / 9
+    return sum(judge[:EVALUATIVE]) / EVALUATIVE / 9
 
 
 def mean_absolute_error(self_scores: Sequence[int], judge: Sequence[int]) -> float:

@@ -170,7 +170,7 @@ class Collector:
                 raise error.named(f"prompt {prompt.id}, sample {request.sample}") from None
             else:
                 quality = reward.quality(scores)  # line 13
-                calibration = reward.calibration(self_scores, scores, c.gamma)  # lines 14-15
+                calibration = reward.calibration(self_scores, scores)  # lines 14-15
         if refused is None:
             total = reward.reward(  # lines 10 and 16, Eq. 1
                 self_scores,

