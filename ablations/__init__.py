@@ -1,1 +1,1 @@
-"""Variants of the method, one file each; run by ablate.py or with python -m ablations.NAME."""
+"""Variants of the method, one file each: python -m ablations.NAME."""
