@@ -36,7 +36,7 @@ def sources() -> dict[str, str]:
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or "none").resolve()
         home = next((home for home in homes if path.is_relative_to(home)), None)
-        if home and path.suffix == ".py" and "site-packages" not in path.parts:
+        if home and path.suffix == ".py" and path.is_file() and "site-packages" not in path.parts:
             digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
             found[path.relative_to(home).as_posix()] = digest
     return dict(sorted(found.items()))

@@ -47,6 +47,12 @@ def test_the_method_is_cycle(monkeypatch):
     main.__file__ = str(ROOT / "cycle.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
     assert program() == "cycle"
+    # torch.ops says that it is in a file _ops.py, which is nowhere.
+    nowhere = types.ModuleType("nowhere")
+    nowhere.__file__ = "_ops.py"
+    monkeypatch.setitem(sys.modules, "nowhere", nowhere)
+    monkeypatch.chdir(ROOT)
+    assert "storage/program.py" in sources() and "_ops.py" not in sources()
 
 
 def test_a_folder_is_continued_by_its_own_program(tmp_path, monkeypatch, recwarn):
