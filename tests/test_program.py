@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from storage import program as module
-from storage.program import check_same_program, program, source_id
+from storage.program import check_same_program, program, source_id, sources
 from storage.run_folder import RunFolder
 
 PRINT = """
