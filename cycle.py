@@ -19,11 +19,11 @@ Where the paper leaves a choice:
 
 import dataclasses
 import json
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 import torch
 
@@ -31,6 +31,7 @@ import grpo
 import self_check
 import sft_masked
 from backend import footprint, parallel
+from backend.launch import Watcher, refuse_restart
 from backend.packing import Row, Work, share_out
 from backend.policy import export, load_policy
 from backend.sampler import choose_sampler, make_sampler
@@ -54,7 +55,7 @@ def main(config: Config | None = None, options: Sequence[str] = ()) -> None:
     config = config or parse([*sys.argv[1:], *options], __doc__)
     first = parallel.rank() == 0
     try:
-        parallel.refuse_restart()
+        refuse_restart()
         if config.self_check:
             return self_check.main(config)
         config = with_judge_url(dataclasses.replace(config, sampler=choose_sampler(config.sampler)))
@@ -64,11 +65,11 @@ def main(config: Config | None = None, options: Sequence[str] = ()) -> None:
         setup = prepare(config)
     except ValueError as error:
         raise SystemExit(f"error: {error}" if first else 1) from None
-    watcher = parallel.Watcher()
+    watcher = Watcher()
     with parallel.process_group(), parallel.alone_in(setup.folder.path):
         try:
             with closing(Run(config, setup)) as run:
-                watcher.before_exit = run.collector.stop
+                watcher.before_exit = run.stop
                 run.train()
         except parallel.NonFiniteError as error:  # the same on all ranks
             raise SystemExit(f"error: {run.where}: {error}" if first else 1) from None
@@ -90,6 +91,7 @@ class Run:
             self.sampler = make_sampler(config, model, self.tokenizer, config.policy.dtype)
             self.policy = load_policy(model, config.policy)
             self.reference = load_policy(model, config.policy, trainable=False)
+        self.saver = parallel.Saver()
         self.names = {p: name for name, p in self.policy.named_parameters()}
         self.optimizer: torch.optim.AdamW | None = None  # of the phase in progress
         self.steps_done = 0  # RL steps of the cycle in progress that its state already holds
@@ -238,6 +240,7 @@ class Run:
         for cycle in range(first, self.config.cycles + 1):
             yield cycle
             self.steps_done = 0
+        self._finish_saving()
         self._log(self.config.cycles, "end", 0, {})
 
     def rl_steps(self, cycle: int) -> Iterator[tuple[int, list[Prompt]]]:
@@ -259,6 +262,7 @@ class Run:
             yield step, batches[step - 1]
             own = self.collector.judge_costs() | self._hand_over_speed()
             self._log(cycle, "rl", step, self.figures | own)
+            self.saver.join_failed()
             self._save_in_phase_1(cycle, step)
 
     def sft_updates(self, cycle: int, targets: Sequence[Row]) -> Iterator[sft_masked.Update]:
@@ -274,6 +278,7 @@ class Run:
 
     def end_cycle(self, cycle: int, buffered: int, selected: int) -> None:
         """Export, one line of means over the window, and the state that the next cycle needs."""
+        self._finish_saving()
         self._export(cycle)
         lines = [m for m in self.folder.metrics() if (m["cycle"], m["phase"]) == (cycle, "rl")]
         means = {}
@@ -287,7 +292,13 @@ class Run:
         self._log(cycle, "cycle", 0, means | {"buffered": buffered, "selected": selected})
         self._save(cycle + 1, 0)
 
+    def stop(self) -> None:
+        """Before this process is ended from outside, which takes 20 s at most."""
+        self.collector.stop(15.0)
+        self.saver.wait(4.0)
+
     def close(self) -> None:
+        self.saver.wait()
         self.sampler.close()
         if self.wandb:
             self.wandb.finish()
@@ -339,28 +350,38 @@ class Run:
                 print(f"{too_long} prompts are over {limit} tokens and are left out")
         parallel.barrier()
 
-    def _export(self, cycle: int, step: int | None = None) -> None:
-        """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
-        with self.clock("saving"):
-            export(self.policy, self.setup.inputs.model, self.folder.checkpoint(cycle, step))
-        if self.config.keep_checkpoints and parallel.rank() == 0:
-            for old in self.folder.checkpoints()[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
+    # The saver's thread writes; before it gets more, all that it has must be on file.
 
     def _save_in_phase_1(self, cycle: int, step: int) -> None:
         """At the phase's end without optimiser, because phase 2 starts with a fresh one."""
         every = self.config.save_every
         if step == self.config.rl_steps:
+            self._finish_saving()
             self._save(cycle, step)
         elif every and step % every == 0:
+            self._finish_saving()
             self._export(cycle, step)
             self._save(cycle, step, self.optimizer)
 
+    def _finish_saving(self) -> None:
+        with self.clock("saving"):
+            self.saver.join()
+
+    def _export(self, cycle: int, step: int | None = None) -> None:
+        """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
+        folder = self.folder.checkpoint(cycle, step)
+        with self.clock("saving"):
+            export(self.policy, self.setup.inputs.model, folder, self.saver)
+        if keep := self.config.keep_checkpoints:
+            delete = partial(self.folder.delete_checkpoints, keep)
+            self.saver.start(partial(parallel.write_on_rank_0, folder.parent, delete))
+
     def _save(self, cycle: int, step: int, optimizer: torch.optim.AdamW | None = None) -> None:
         """State after `step` RL steps of `cycle`, with optimiser and KL reference in mid-phase."""
+        folder = self.folder.state(cycle, step)
         where = {"cycle": cycle, "step": step, "mid_phase": optimizer is not None}
         with self.clock("saving"):
-            parallel.save_state(self.folder.state(cycle, step), self._tensors(optimizer), where)
+            parallel.save_state(folder, self._tensors(optimizer), where, self.saver)
 
     def _tensors(self, optimizer: torch.optim.AdamW | None) -> dict[str, torch.Tensor]:
         tensors = {name: p.detach() for p, name in self.names.items()}

@@ -30,6 +30,7 @@ from pathlib import Path
 import tyro
 
 from backend import parallel
+from backend.launch import Watcher, check_gpu, refuse_restart
 from backend.model_folder import check_model_folder, check_weights
 from backend.policy import PolicyConfig, load_policy
 from backend.sampler import choose_sampler, make_sampler
@@ -197,7 +198,7 @@ def hand_over(sampler, cell: CellConfig, inputs: Inputs) -> None:
 
 
 def answer_prompts(
-    cell: CellConfig, inputs: Inputs, sampler, watcher: parallel.Watcher | None = None
+    cell: CellConfig, inputs: Inputs, sampler, watcher: Watcher | None = None
 ) -> dict[str, Interval]:
     """Sample, judge and summarise; every rank returns the figures, rank 0 writes summary.json.
     Raises JudgeError."""
@@ -270,7 +271,7 @@ def run(
     cells: dict[Key, CellConfig],
     inputs: dict[Key, Inputs],
     stronger: dict[str, Answers],
-    watcher: parallel.Watcher,
+    watcher: Watcher,
 ) -> None:
     """Raises JudgeError."""
     models = list(config.main_models())
@@ -382,9 +383,9 @@ def ask_judges(
 def main() -> None:
     config = tyro.cli(EvaluationConfig, description=__doc__)
     try:
-        parallel.refuse_restart()
+        refuse_restart()
         if not config.dry_run:
-            parallel.check_gpu()
+            check_gpu()
         # On a GPU the reader of digits takes the engine's place.
         engine = dataclasses.replace(config.engine, sleep=True)
         sampler = choose_sampler(config.sampler)
@@ -409,7 +410,7 @@ def main() -> None:
             check_weights(inputs[key].model)
     except ValueError as error:
         raise SystemExit(f"error: {error}" if parallel.rank() == 0 else 1) from None
-    watcher = parallel.Watcher()
+    watcher = Watcher()
     with parallel.process_group(), parallel.alone_in(config.folder.path):
         try:
             run(config, cells, inputs, stronger, watcher)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from backend import footprint
 from backend.footprint import GB, this_machine
+from backend.launch import check_gpu
 from backend.model_folder import (
     Size,
     check_model_folder,
@@ -28,7 +29,7 @@ from backend.model_folder import (
     load_tokenizer,
     model_size,
 )
-from backend.parallel import check_gpu, world_size
+from backend.parallel import world_size
 from backend.policy import attention
 from config import MAY_CHANGE, CommonConfig, Config
 from judge import check_judge, judge_prices, offline_judge

@@ -10,22 +10,20 @@ import json
 import math
 import os
 import random
-import select
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -37,6 +35,7 @@ from storage.lock import locked
 # noticed at once: torchrun ends the others.
 TIMEOUT = timedelta(days=7)
 STATES_KEPT = 2
+Group = dist.ProcessGroup
 
 
 @contextmanager
@@ -71,62 +70,6 @@ def process_group():
             dist.destroy_process_group()
 
 
-def refuse_restart() -> None:
-    """Raise ValueError in a process that torchrun --max_restarts has started again: the ranks that
-    were left alone may still wait for the old group, and PyTorch's own restart with gloo often
-    fails. A new launch resumes from the state on file."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        raise ValueError(
-            "torchrun has restarted this process (--max_restarts), which is not supported; run the "
-            "same command again without it, in a loop if you like: it goes on where the run stopped"
-        )
-
-
-class Watcher:
-    """Ends this process within seconds when its launcher is gone (kill -9 of torchrun leaves its
-    workers alone) or when it gets SIGTERM (torchrun passes it on and kills after 30 s), also in the
-    middle of a collective or of sampling. Made by the main thread, before anything that can wait.
-    Everything on file is whole at any moment, so all there is to do is `before_exit`, which should
-    take 20 s at most."""
-
-    def __init__(self):
-        self.before_exit: Callable[[], None] = lambda: None
-        self._launcher = os.getppid()
-        self._signals, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.signal(signal.SIGTERM, lambda *_: None)  # Python's own; the next line is what acts
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while not (reason := self._reason_to_end()):
-            pass
-        print(f"rank {rank()} ends: {reason}; the same command goes on from here", file=sys.stderr)
-        try:
-            self.before_exit()
-        finally:
-            os._exit(128 + signal.SIGTERM)
-
-    def _reason_to_end(self) -> str:
-        """ "" after a second in which there was none."""
-        if os.getppid() != self._launcher or self._started_alone():
-            return "its launcher is gone"
-        ready, _, _ = select.select([self._signals], [], [], 1.0)
-        terminated = ready and signal.SIGTERM in os.read(self._signals, 64)
-        return "it got SIGTERM" if terminated else ""
-
-    def _started_alone(self) -> bool:
-        """Torchrun was killed before this process came so far: now init is its parent."""
-        init = Path("/proc/1/cmdline")
-        started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        return (
-            started_by_torchrun
-            and self._launcher == 1
-            and init.exists()
-            and b"torch" not in init.read_bytes()
-        )
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks. By default it returns them to the operating system,
     and the page faults of the next step take a fifth of its time on CPU (docs/performance.md)."""
@@ -156,27 +99,6 @@ def device() -> torch.device:
     )
 
 
-def check_gpu() -> None:
-    """Raise ValueError on a machine with a GPU that PyTorch cannot use, where all would run on CPU
-    in silence."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.cuda.is_available() or hidden or not shutil.which("nvidia-smi"):
-        return
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    if listed.startswith("GPU"):
-        built = torch.version.cuda
-        remedy = (
-            f"is built for CUDA {built}, for which the driver is probably too old; update it"
-            if built
-            else "is a CPU build; run make setup"
-        )
-        raise ValueError(
-            f"{listed.splitlines()[0].split(' (UUID')[0]} cannot be used: PyTorch "
-            f"{torch.__version__} {remedy}. CUDA_VISIBLE_DEVICES=-1 before the command runs it on "
-            "CPU"
-        )
-
-
 def launch_id() -> int:
     """A random number that identifies this launch, the same on all its ranks. Collective."""
     drawn = random.SystemRandom().getrandbits(48) if rank() == 0 else 0
@@ -192,17 +114,17 @@ def barrier() -> None:
     all_sum({"arrived": 1.0})
 
 
-def _reduce(values: Mapping[str, float], op) -> dict[str, float]:
+def _reduce(values: Mapping[str, float], op, group: Group | None = None) -> dict[str, float]:
     """By gloo, on a GPU machine too: a rank that waits for another's judge keeps no GPU busy."""
     tensor = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(tensor, op)
+    dist.all_reduce(tensor, op, group)
     return dict(zip(values, tensor.tolist(), strict=True))
 
 
-def all_sum(values: Mapping[str, float]) -> dict[str, float]:
+def all_sum(values: Mapping[str, float], group: Group | None = None) -> dict[str, float]:
     """Sum of each value over ranks. Every rank must call it with the same keys in the same
     order."""
-    return _reduce(values, dist.ReduceOp.SUM)
+    return _reduce(values, dist.ReduceOp.SUM, group)
 
 
 def all_max(value: float) -> float:
@@ -250,10 +172,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def raise_together(error: BaseException | None) -> None:
+def raise_together(error: BaseException | None, group: Group | None = None) -> None:
     """Stop all ranks if any has an error, so that none waits for a rank that has stopped: a rank
     with an error raises it, the others raise SystemExit with one line. Collective."""
-    failed = all_sum({"failed": float(error is not None)})["failed"]
+    failed = all_sum({"failed": float(error is not None)}, group)["failed"]
     if error is not None:
         raise error
     if failed:
@@ -312,12 +234,67 @@ def clip_grad_norm(module: torch.nn.Module, max_norm: float) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Sharded state: a folder appears complete or not at all
+# Files of all ranks, written at once or by a thread
 
 
-def save_state(folder: Path, tensors: dict[str, torch.Tensor], where: dict) -> None:
-    """Write `tensors` (each rank its shards) and `where`, the position in the run, to `folder`.
-    Delete all but the newest STATES_KEPT states beside it. Collective. Raises WriteError."""
+class Saver:
+    """Runs what writes files in a thread, one job after the other, while the run goes on. All ranks
+    give it the same jobs in the same order. A job that fails fails on all ranks, and those after it
+    are not run: no state appears without the checkpoint before it."""
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, "saver")
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for the jobs' collectives
+        self._jobs: list[Future] = []
+        self._failed = False  # the same on all ranks
+
+    def start(self, job: Callable[[Group], None]) -> None:
+        """`job` gets a process group of its own, and nothing that it uses may change any more."""
+        self._jobs.append(self._thread.submit(self._run, job))
+
+    def _run(self, job: Callable[[Group], None]) -> None:
+        try:
+            if not self._failed:
+                job(self._group)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def join(self) -> None:
+        """Wait until all is on file. Raises a failed job's error: WriteError on the rank that could
+        not write, SystemExit on the others."""
+        while self._jobs:
+            self._jobs.pop(0).result()
+
+    def join_failed(self) -> None:
+        """The same if a job has failed, so that a run does not go on for long. Collective."""
+        if all_max(float(self._failed)):
+            self.join()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Before this process ends for another reason."""
+        wait(self._jobs, seconds)
+
+
+def save_state(
+    folder: Path, tensors: dict[str, torch.Tensor], where: dict, saver: Saver | None = None
+) -> None:
+    """Write `tensors` (each rank its shards) and `where`, the position in the run, to `folder`,
+    which appears complete or not at all. Delete all but the newest STATES_KEPT states beside it.
+    Collective. Raises WriteError. With a saver its thread writes a copy in host memory."""
+    if saver is None:
+        return _write_state(folder, tensors, where, None)
+    in_host_memory = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False,
+        use_non_blocking_copy=False,
+    )  # fmt: skip
+    copy = DefaultStager(in_host_memory).stage(tensors)
+    saver.start(partial(_write_state, folder, copy, where))
+
+
+def _write_state(
+    folder: Path, tensors: dict[str, torch.Tensor], where: dict, group: Group | None
+) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
 
     def start() -> None:
@@ -331,16 +308,21 @@ def save_state(folder: Path, tensors: dict[str, torch.Tensor], where: dict) -> N
         for old in states(folder.parent)[:-STATES_KEPT]:
             shutil.rmtree(old)
 
-    write_on_rank_0(folder, start)
+    write_on_rank_0(folder, start, group)
     try:
-        dcp.save(tensors, checkpoint_id=temporary)
+        dcp.save(tensors, checkpoint_id=temporary, process_group=group)
         failure = None
     except CheckpointException as error:  # on all ranks, whichever failed
         failure = OSError(_causes(error))
-    write_on_rank_0(folder, finish, failure)
+    write_on_rank_0(folder, finish, group, failure)
 
 
-def write_on_rank_0(folder: Path, work: Callable[[], None], failure: OSError | None = None) -> None:
+def write_on_rank_0(
+    folder: Path,
+    work: Callable[[], None],
+    group: Group | None = None,
+    failure: OSError | None = None,
+) -> None:
     """Run `work`, which writes to `folder`, on rank 0, unless there is a `failure` already. A
     failed write stops all ranks. Collective. Raises WriteError."""
     error = None
@@ -352,7 +334,7 @@ def write_on_rank_0(folder: Path, work: Callable[[], None], failure: OSError | N
                 work()
         except WriteError as problem:
             error = problem
-    raise_together(error)
+    raise_together(error, group)
 
 
 def _causes(error: CheckpointException) -> str:

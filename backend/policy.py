@@ -17,6 +17,7 @@ Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V v
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -260,13 +261,14 @@ def _read_weights(model: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"model {folder}: its files lack {', '.join(sorted(shards))}")
 
 
-def export(policy: Policy, source: Path, folder: Path) -> None:
+def export(policy: Policy, source: Path, folder: Path, saver: parallel.Saver | None = None) -> None:
     """Write a standard Hugging Face folder in bf16, which from_pretrained and vLLM can load;
-    `source` is the folder that the model came from. Collective. Raises WriteError."""
+    `source` is the folder that the model came from. Collective. Raises WriteError. With a saver
+    the weights are gathered here and written by its thread."""
     weights = {}
     for name, tensor in policy.full_weights(torch.bfloat16):
         if parallel.rank() == 0:
-            weights[name] = tensor.cpu().contiguous()
+            weights[name] = tensor.to("cpu", copy=saver is not None).contiguous()
 
     def write() -> None:
         with fresh_folder(folder) as temporary:
@@ -276,4 +278,7 @@ def export(policy: Policy, source: Path, folder: Path) -> None:
                 raise OSError(str(error)) from None
             write_settings(source, temporary, type(policy.model).__name__)
 
-    parallel.write_on_rank_0(folder, write)
+    if saver is None:
+        parallel.write_on_rank_0(folder, write)
+    else:
+        saver.start(partial(parallel.write_on_rank_0, folder, write))

@@ -30,6 +30,7 @@ results/NAME/                     EvaluationFolder
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,11 @@ class RunFolder(Folder):
 
         paths = (self.path / "checkpoints").glob("cycle_*")
         return sorted((p for p in paths if not p.name.endswith(".tmp")), key=age)
+
+    def delete_checkpoints(self, keep: int) -> None:
+        """All but the newest `keep`, at least one."""
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
 
     def all_rollouts(self) -> list[Rollout]:
         paths = sorted((self.path / "rollouts").glob("cycle_*.jsonl"),

@@ -167,7 +167,12 @@ FAULTS = {
         "sample",
     ),
     "digits' ids on the CPU": (digits.Reader._tensor, ", device=self.model.device", "", "digits"),
-    "an export from the GPU": (policy.export, "tensor.cpu()", "tensor", "export"),
+    "an export from the GPU": (
+        policy.export,
+        'tensor.to("cpu", copy=saver is not None)',
+        "tensor",
+        "export",
+    ),
     "a wait in the RL loop": (
         grpo.rl_step,
         "loss.backward()",

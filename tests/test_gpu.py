@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, finish, start_ranks
 
-from backend import parallel
+from backend.launch import check_gpu
 from backend.model_folder import model_size
 from backend.sampler import EngineConfig, engine_options
 from evaluation import digits
@@ -126,12 +126,12 @@ def test_a_gpu_that_pytorch_cannot_use_is_named(tmp_path, monkeypatch):
     for built, remedy in ((None, "is a CPU build; run make setup"), ("13.0", "driver .* update")):
         monkeypatch.setattr(torch.version, "cuda", built)
         with pytest.raises(ValueError, match=f"GPU 0: NVIDIA H100 cannot be used: .*{remedy}"):
-            parallel.check_gpu()
+            check_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    parallel.check_gpu()
+    check_gpu()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\necho 'No devices found'\n")
-    parallel.check_gpu()
+    check_gpu()
 
 
 def test_the_digit_reader_takes_a_number_of_tokens_and_not_of_rows(monkeypatch):
