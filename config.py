@@ -212,7 +212,7 @@ PRESETS = {
 MAY_CHANGE = {
     "cycles", "save_every", "keep_checkpoints", "dry_run", "show_batch", "wandb", "engine",
     "client", "sample_rows", "policy.micro_batch_tokens", "policy.head_tokens",
-    "policy.gradient_checkpointing", "policy.shared_prefix", "policy.attn",
+    "policy.gradient_checkpointing", "policy.shared_prefix", "policy.attn", "policy.compile",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from backend.model_folder import (
     model_size,
 )
 from backend.parallel import world_size
-from backend.policy import attention
+from backend.policy import attention, check_compiler
 from config import MAY_CHANGE, CommonConfig, Config
 from judge import check_judge, judge_prices, offline_judge
 from judging import estimate
@@ -146,6 +146,7 @@ def check_options(config: Config) -> None:
             "sampling.temperature must be above 0 in training: the loss divides logits by it"
         )
     attention(config.policy)
+    check_compiler(config.policy)
 
 
 def check_name(name: str) -> None:

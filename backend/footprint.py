@@ -183,6 +183,9 @@ def memory(config, m: Size, machine: Machine) -> dict[str, float]:
     parts["margin"] = (MARGIN - 1) * sum(parts.values())
     if machine.cuda:
         parts["CUDA context, NCCL"] = CONTEXT
+    else:  # with GPUs they lie in the host's memory, which is not planned
+        state = per_state(config) * m.parameters / world_size()
+        parts["copies being saved"] = state + 2 * m.parameters  # and rank 0's checkpoint
     return parts | {"sampler": engine(config, m, machine)}
 
 
@@ -191,13 +194,18 @@ def disk(config, m: Size) -> dict[str, float]:
     most)."""
     per_cycle = config.rl_steps // config.save_every if config.save_every else 1
     checkpoints = config.cycles * per_cycle
-    parameters = itemsize(config.policy.parameters)  # bytes of one
-    optimizer_and_reference = 2 * parameters + itemsize(config.policy.dtype)
-    state = parameters + (optimizer_and_reference if config.save_every else 0)
     return {
         "checkpoints": 2 * m.parameters * min(checkpoints, config.keep_checkpoints or checkpoints),
-        "state": 3 * state * m.parameters,  # the newest two and the one being written
+        # The newest two and the one being written.
+        "state": 3 * per_state(config) * m.parameters,
     }
+
+
+def per_state(config) -> int:
+    """Bytes of the largest state, for a parameter."""
+    parameters = itemsize(config.policy.parameters)
+    optimizer_and_reference = 2 * parameters + itemsize(config.policy.dtype)
+    return parameters + (optimizer_and_reference if config.save_every else 0)
 
 
 def disk_free(folder: Path) -> float:

@@ -303,6 +303,7 @@ def attention_calls(batch: Batch, heads_per_key: int, dtype: torch.dtype) -> lis
     return calls
 
 
+@torch.compiler.disable  # its calls differ in number and shape from pack to pack
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -60,6 +60,9 @@ class PolicyConfig(Options):
     bf16."""
     gradient_checkpointing: bool = True
     """Recompute each layer in backward instead of keeping its activations."""
+    compile: bool = False
+    """Compile each layer but its attention (torch.compile; a C++ compiler, on a GPU Triton too).
+    Changes the rounding of norms and activations, memory and time."""
 
 
 class Scored(NamedTuple):
@@ -200,6 +203,20 @@ def attention(config: PolicyConfig) -> str:
     return "sdpa" if missing or config.attn == "sdpa" else "flash_attention_2"
 
 
+def check_compiler(config: PolicyConfig) -> None:
+    """Raises ValueError for --policy.compile where nothing can be compiled."""
+    if not config.compile:
+        return
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=parallel.device()))
+    except Exception as error:  # of many kinds, with pages of text
+        cause = next(line for line in str(error).splitlines() if line.strip())
+        raise ValueError(
+            f"--policy.compile: nothing can be compiled here ({cause[:200]}); install a C++ "
+            "compiler and Python's headers, on a GPU Triton too, or leave the option out"
+        ) from None
+
+
 def load_model(
     folder: str | Path, dtype: torch.dtype, attn_implementation: str = "sdpa"
 ) -> PreTrainedModel:
@@ -240,6 +257,9 @@ def load_policy(folder: str | Path, config: PolicyConfig, trainable: bool = True
     policy.requires_grad_(trainable).train(trainable)
     if trainable and config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in model.model.layers:  # inside of recomputation and of FSDP's hooks
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     parallel.shard(policy, model.model.layers, compute, trainable)
     policy.to_empty(device=parallel.device())
     rotary = model.model.rotary_emb  # its tables are computed, not read

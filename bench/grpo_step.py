@@ -8,7 +8,11 @@ both sides: AdamW with fp32 parameters, bf16 compute, activations recomputed in 
 the default of both. Ours is grpo.rl_step under FSDP2 in a group of one; TRL's is GRPOTrainer's own
 loss (`_compute_loss`, with its chunked head) in the order of its training step. Without --rollouts
 the tokens are drawn at random: time does not depend on them. Seconds are medians of steps taken in
-turn.
+turn. Where a compiler is at hand TRL is compared a second time, with its `torch_compile`.
+
+Tokens are what passes the layers in a forward pass; the ratio of the times is that of the tokens
+times that of ms/token. FLOP/s are those of the products that the kernels are asked for. Gradients
+in bf16 are compared with the same side's in fp32.
 
 TRL's entropy bonus is a mean over the tokens of a micro-batch, ours a mean over responses: the same
 where responses are of one length, or with --trl_rows 1.
@@ -21,8 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from sides import Side, Stopwatch, agreement, compare, print_table
+from sides import Side, Stopwatch, alone, compare, matrix_rate, print_distances, print_table
 
+from backend.policy import PolicyConfig, check_compiler
 from storage.record import read_rollouts
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -68,17 +73,20 @@ class See:
             dtype=options["dtype"],
             gradient_checkpointing=options["checkpointing"],
             shared_prefix=not options["plain"],
+            compile=options["compile"],
         )
         self.policy = policy.load_policy(model, self.config)
         self.reference = policy.load_policy(model, self.config, trainable=False)
         self.optimizer = grpo.make_optimizer(self.policy, grpo.GRPOConfig())
         self.rows = [grpo.response_row(r.prompt_ids, r.response_ids) for r in rollouts]
+        self.tokens = 0  # counted in a step
 
     def step(self) -> Stopwatch:
         watch, g, n = Stopwatch(), self.grpo, len(self.rollouts)
         with watch("reference"):
             c = self.config
             work = self.share_out(self.rows, [0] * n, c.micro_batch_tokens, c.shared_prefix)
+            self.tokens = sum(batch.ids.numel() for batch in work.batches)
             refs = g.reference_logps(self.reference, work.batches, TEMPERATURE)
         with watch("update"):
             rewards = torch.tensor([r.reward for r in self.rollouts], dtype=torch.float64)
@@ -128,6 +136,7 @@ class TRL:
             max_grad_norm=1.0,
             model_init_kwargs={"dtype": "float32", "local_files_only": True},
             report_to=[],
+            torch_compile=options["compiled"],
         )
         self.trainer = GRPOTrainer(
             model=model,
@@ -138,11 +147,13 @@ class TRL:
         )
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = len(rollouts) // self.rows
-        self.trainer.model.train()
+        # As its training loop does: in bf16 under autocast, and compiled where asked for.
+        self.trainer.model = self.trainer.accelerator.prepare_model(self.trainer.model).train()
         width = max(len(r.response_ids) for r in rollouts)
         ids = [[*r.response_ids, *[0] * (width - len(r.response_ids))] for r in rollouts]
         mask = [[1] * len(r.response_ids) + [0] * (width - len(r.response_ids)) for r in rollouts]
         rewards = torch.tensor([r.reward for r in rollouts])
+        self.tokens = len(rollouts) * (len(rollouts[0].prompt_ids) + width)
         self.inputs = {
             "prompt_ids": torch.tensor([r.prompt_ids for r in rollouts]),
             "prompt_mask": torch.ones(len(rollouts), len(rollouts[0].prompt_ids), dtype=torch.long),
@@ -175,7 +186,8 @@ class TRL:
     def gradients(self) -> dict[str, torch.Tensor]:
         kept = {}
         self.step(lambda: kept.update(
-            {n: p.grad.float().clone() for n, p in self.trainer.model.named_parameters()}
+            {n.removeprefix("_orig_mod."): p.grad.float().clone()
+             for n, p in self.trainer.model.named_parameters()}
         ))  # fmt: skip
         return kept
 
@@ -198,6 +210,8 @@ def main() -> None:
                         help="keep activations, on both sides")  # fmt: skip
     parser.add_argument("--plain", action="store_true",
                         help="our side without the shared prefix")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="our side's layers compiled")
+    parser.add_argument("--no_trl_compiled", action="store_true", help="TRL as it is, only")
     args = parser.parse_args()
     if args.rollouts:
         works = {args.rollouts: from_file(args.rollouts)}
@@ -206,17 +220,46 @@ def main() -> None:
             f"{n:,} prompt tokens": drawn(n, args.responses, args.response_tokens)
             for n in args.prompt_tokens
         }
-    options = {k: getattr(args, k) for k in ("dtype", "checkpointing", "plain", "trl_rows")}
-    for name, rollouts in works.items():
-        lengths = [len(r.response_ids) for r in rollouts]
-        shape = f"{len(rollouts[0].prompt_ids):,} + {len(rollouts)} x {min(lengths)}-{max(lengths)}"
-        print(f"\n{name}: {shape} tokens, {args.threads} threads, {args.dtype}; seconds")
-        sides = [Side(make, args.threads, args.model, rollouts, options) for make in (See, TRL)]
-        difference = agreement(*(side.ask("gradients") for side in sides))
-        print_table(compare(sides, args.repeats))
-        print(f"gradients differ by {difference:.1e} of their norm")
-        for side in sides:
-            side.close()
+    options = {k: getattr(args, k) for k in
+               ("dtype", "checkpointing", "plain", "trl_rows", "compile")}  # fmt: skip
+    theirs = {"TRL": {"compiled": False}, "TRL compiled": {"compiled": True}}
+    if args.no_trl_compiled or not can_compile():
+        del theirs["TRL compiled"]
+    for work, rollouts in works.items():
+        compare_sides(work, rollouts, args, options, theirs)
+
+
+def compare_sides(
+    work: str, rollouts: list, args: argparse.Namespace, options: dict, theirs: dict[str, dict]
+) -> None:
+    """Ours against each of `theirs`, in turn; more than two processes would not fit in memory."""
+
+    def side(name: str, make, **changes) -> Side:
+        return Side(name, make, args.threads, args.model, rollouts, options | changes)
+
+    lengths = [len(r.response_ids) for r in rollouts]
+    prompt, own = len(rollouts[0].prompt_ids), sum(lengths)
+    print(f"\n{work}: {prompt:,} + {len(rollouts)} x {min(lengths)}-{max(lengths)} tokens, "
+          f"{args.threads} threads, {args.dtype}; seconds")  # fmt: skip
+    rate = matrix_rate(args.model, prompt + own, args.dtype, args.threads)
+    plain = {"dtype": "float32", "compile": False, "compiled": False}
+    exact = [alone(side(make.__name__, make, **plain)) for make in (See, TRL)]
+    for name, changes in theirs.items():
+        pair = [side("SEE", See), side(name, TRL, **changes)]
+        gradients = [one.ask("gradients") for one in pair]
+        print_table(compare(pair, args.repeats), rate)
+        print_distances(*([g, e] for g, e in zip(gradients, exact, strict=True)), args.dtype)
+        for one in pair:
+            one.close()
+
+
+def can_compile() -> bool:
+    try:
+        check_compiler(PolicyConfig(compile=True))
+    except ValueError as error:
+        print(f"TRL compiled: not run ({error})")
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 32 different prompts behind one template, five scored tokens at the end of each row (Table 5, Sec.
 3.2). Ours is sft_masked.sft_step with the template read once; the usual way is a padded
 batch, full logits and labels of -100, by transformers' own loss, with the same fp32 parameters and
-bf16 autocast. Both recompute activations in backward. Seconds are medians of steps taken in turn.
+bf16 autocast. Both recompute activations in backward. Seconds are medians of steps taken in turn;
+tokens, FLOP/s and gradients as in grpo_step.py.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sides import Side, Stopwatch, agreement, compare, print_table
+from sides import Side, Stopwatch, alone, compare, matrix_rate, print_distances, print_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -47,6 +48,9 @@ class See:
         self.policy = policy.load_policy(model, self.config)
         self.rows = [packing.Row(*row) for row in rows]
         self.optimizer = sft_masked.make_optimizer(self.policy, sft_masked.SFTConfig())
+        c = self.config
+        work = packing.share_out(self.rows, [0] * len(rows), c.micro_batch_tokens, c.shared_prefix)
+        self.tokens = sum(batch.ids.numel() for batch in work.batches)
 
     def step(self, use=None) -> Stopwatch:
         watch, rows, c = Stopwatch(), self.rows, self.config
@@ -83,7 +87,7 @@ class Usual:
         self.seen = torch.tensor([[1] * (width - n) + [0] * n for n in fill])
         mask = torch.tensor([[*m, *[False] * n] for (_, m), n in zip(rows, fill, strict=True)])
         self.labels = self.ids.masked_fill(~mask, -100)
-        self.size = options["micro_batch_rows"]
+        self.size, self.tokens = options["micro_batch_rows"], self.ids.numel()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=2e-6, weight_decay=0.0, fused=True
         )
@@ -125,21 +129,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--compile", action="store_true", help="our side's layers compiled")
     args = parser.parse_args()
     rows = drawn(args.rows, args.template, args.own)
     lengths = [len(ids) for ids, _ in rows]
     print(f"{args.rows} rows of {min(lengths):,} to {max(lengths):,} tokens, {args.template:,} of "
           f"them shared, {args.threads} threads, {args.dtype}; seconds")  # fmt: skip
-    common = {"dtype": args.dtype, "gradient_checkpointing": True}
-    sides = [
-        Side(See, args.threads, args.model, rows, common),
-        Side(Usual, args.threads, args.model, rows,
-             common | {"micro_batch_rows": args.micro_batch_rows}),
-    ]  # fmt: skip
-    difference = agreement(*(side.ask("gradients") for side in sides))
-    print_table(compare(sides, args.repeats))
-    print(f"gradients differ by {difference:.1e} of their norm")
-    for side in sides:
+    own = sum(len(ids) - args.template for ids, _ in rows)
+    rate = matrix_rate(args.model, args.template + own, args.dtype, args.threads)
+
+    def sides(dtype: str, compiled: bool) -> list[Side]:
+        common = {"dtype": dtype, "gradient_checkpointing": True}
+        theirs = common | {"micro_batch_rows": args.micro_batch_rows}
+        ours = common | {"compile": compiled}
+        return [
+            Side("SEE", See, args.threads, args.model, rows, ours),
+            Side("usual", Usual, args.threads, args.model, rows, theirs),
+        ]
+
+    exact = [alone(side) for side in sides("float32", False)]
+    pair = sides(args.dtype, args.compile)
+    gradients = [side.ask("gradients") for side in pair]
+    print_table(compare(pair, args.repeats), rate)
+    print_distances(*([g, e] for g, e in zip(gradients, exact, strict=True)), args.dtype)
+    for side in pair:
         side.close()
 
 

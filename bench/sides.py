@@ -1,8 +1,9 @@
 """Two ways to do the same work, each in a process of its own, asked in turn.
 
-A side is a class with `step() -> {part: seconds}` and `gradients() -> {name: tensor}`. It is made
-in a fresh process with a fixed number of threads, so that neither side's memory or threads disturb
-the other's; while one works the other waits for its turn.
+A side is a class with `step() -> {part: seconds}`, `gradients() -> {name: tensor}` of the first
+step, and `tokens`, which pass the layers in a forward pass. It is made in a fresh process with a
+fixed number of threads, so that neither side's memory or threads disturb the other's; while one
+works the other waits for its turn.
 """
 
 import multiprocessing
@@ -17,14 +18,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from flops import Products, count_flops  # noqa: E402
+
 from backend import parallel  # noqa: E402
 
 
 class Side:
     """A running side, seen from the parent."""
 
-    def __init__(self, make, threads: int, *args):
-        self.name = make.__name__
+    def __init__(self, name: str, make, threads: int, *args):
+        self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, threads, args))
@@ -49,7 +52,12 @@ def _serve(pipe, make, threads: int, args) -> None:
     try:
         side = make(*args)
         while (what := pipe.recv()) != "end":
-            own = {"peak": _peak, "forget_peak": _forget_peak}.get(what)
+            own = {
+                "peak": _peak,
+                "forget_peak": _forget_peak,
+                "flops": lambda: count_flops(side.step),
+                "tokens": lambda: side.tokens,
+            }.get(what)
             pipe.send(own() if own else getattr(side, what)())
     except Exception as error:
         pipe.send(RuntimeError(f"{make.__name__}: {error!r}"))
@@ -77,23 +85,33 @@ class Stopwatch(dict):
 
 
 def compare(sides: list[Side], repeats: int) -> list[dict]:
-    """`repeats` steps of each in turn, after one whose gradients were taken: medians by part and in
-    all, the range of the whole, the peak."""
+    """`repeats` steps of each in turn, after one whose gradients were taken and one whose FLOPs
+    were counted: medians by part and in all, the range of the whole, the peak, tokens and FLOPs."""
     found: list[list[dict]] = [[] for _ in sides]
-    for side in sides:  # copies of gradients were not part of a step
+    flops = [side.ask("flops") for side in sides]
+    for side in sides:
+        side.ask("step")  # counting ran nothing compiled
         side.ask("forget_peak")
     for _ in range(repeats):
         for side, steps in zip(sides, found, strict=True):
             steps.append(side.ask("step"))
     rows = []
-    for side, steps in zip(sides, found, strict=True):
+    for side, steps, n in zip(sides, found, flops, strict=True):
         whole = sorted(sum(step.values()) for step in steps)
         rows.append(
             {part: statistics.median(step[part] for step in steps) for part in steps[0]}
             | {"all": statistics.median(whole), "low": whole[0], "high": whole[-1]}
             | {"peak": side.ask("peak"), "name": side.name}
+            | {"flops": n, "tokens": side.ask("tokens")}
         )
     return rows
+
+
+def alone(side: Side) -> dict[str, torch.Tensor]:
+    """The gradients of a side that is not needed any more."""
+    found = side.ask("gradients")
+    side.close()
+    return found
 
 
 def agreement(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -103,13 +121,39 @@ def agreement(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return (difference / sum(b[k].double().square().sum() for k in b)).sqrt().item()
 
 
-def print_table(rows: list[dict]) -> None:
-    parts = [k for k in rows[0] if k not in ("name", "low", "high")]
+def print_distances(ours: list[dict], theirs: list[dict], dtype: str) -> None:
+    """Gradients: [in `dtype`, in fp32] of each side."""
     print(
-        f"{'':12}" + "".join(f"{'peak GB' if p == 'peak' else p:>12}" for p in parts) + "   range"
+        f"gradients, |difference| / |gradient|: between the two in fp32 "
+        f"{agreement(ours[1], theirs[1]):.1e}; of each in {dtype} from itself in fp32, ours "
+        f"{agreement(*ours):.1e}, theirs {agreement(*theirs):.1e}"
     )
+
+
+def print_table(rows: list[dict], rate: float) -> None:
+    """`rows`: ours, theirs. `rate`: FLOP/s of the machine's products at the model's shapes."""
+    parts = [k for k in rows[0] if k not in ("name", "low", "high", "flops", "tokens", "peak")]
+    head = (*parts, "peak GB", "tokens", "ms/token", "GFLOP/s", "of rate")
+    print(f"{'':14}" + "".join(f"{name:>10}" for name in head) + "   range")
     for row in rows:
-        values = "".join(f"{row[p]:12.2f}" for p in parts)
-        print(f"{row['name']:12}{values}   {row['low']:.2f} to {row['high']:.2f}")
-    ours, theirs = rows
-    print(f"{'ratio':12}" + "".join(f"{theirs[p] / ours[p]:11.1f}x" for p in parts), flush=True)
+        speed = row["flops"] / row["all"]
+        values = "".join(f"{row[p]:10.2f}" for p in (*parts, "peak"))
+        values += f"{row['tokens']:10,}{1000 * row['all'] / row['tokens']:10.2f}"
+        values += f"{speed / 1e9:10.0f}{speed / rate:10.0%}"
+        print(f"{row['name']:14}{values}   {row['low']:.2f} to {row['high']:.2f}")
+    ours, theirs = (row | {"ms": row["all"] / row["tokens"]} for row in rows)
+    ratios = [theirs[p] / ours[p] for p in (*parts, "peak", "tokens", "ms")]
+    print(f"{'ratio':14}" + "".join(f"{ratio:9.1f}x" for ratio in ratios), flush=True)
+
+
+def matrix_rate(model: str, tokens: int, dtype: str, threads: int) -> float:
+    """FLOP/s at the shapes of the model's layers; printed beside that of large squares."""
+    side = Side("products", Products, threads, model, tokens, dtype)
+    rates = side.ask("rates")
+    side.close()
+    print(
+        f"matrix products here, {dtype}: {rates['own'] / 1e9:,.0f} GFLOP/s at a layer's shapes "
+        f"(forward and backward), {rates['squares'] / 1e9:,.0f} at squares of 4,096",
+        flush=True,
+    )
+    return rates["own"]

@@ -192,7 +192,19 @@ def test_keys_and_values_of_rollouts_count_where_they_exceed_a_step(folder):
     )
     assert few[extra] == 0
     held = ("parameters", "gradients", "AdamW", "KL reference")
-    step = sum(v for k, v in few.items() if k not in (*held, extra, "margin", "sampler"))
+    others = (*held, extra, "margin", "copies being saved", "sampler")
+    step = sum(v for k, v in few.items() if k not in others)
     rows = 6400 * config.longest_row * 10 * 2 * 4 * 64 * 2
     assert many[extra] == pytest.approx(rows - step)
     assert sum(many.values()) - sum(few.values()) == pytest.approx(many[extra] * footprint.MARGIN)
+
+
+def test_what_a_thread_writes_is_a_copy(folder):
+    """Bytes of a parameter, by hand: fp32 state (with AdamW's and a bf16 reference 4 + 8 + 2), and
+    the checkpoint in bf16."""
+    size, cpu = model_size(folder), footprint.Machine(96e9, cuda=False)
+    for save_every, each in ((0, 4 + 2), (5, 14 + 2)):
+        config = replace(PRESETS["small"], save_every=save_every)
+        copies = footprint.memory(config, size, cpu)["copies being saved"]
+        assert copies == each * size.parameters
+    assert "copies being saved" not in footprint.memory(config, size, cpu._replace(cuda=True))

@@ -1,0 +1,87 @@
+"""FLOPs: how many a step asks for, and how many a second the machine's matrix products reach."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoConfig, AutoModelForCausalLM
+
+aten = torch.ops.aten
+# Products of query length x key length x head size: scores and output, and in backward the scores
+# again and the gradients of probabilities, queries, keys and values.
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 5),
+}
+
+
+class Flops(TorchDispatchMode):
+    """Counts matrix products and attention in a `with` block, which is slow. Attention is counted
+    as its kernel is called: half of the square where it is causal, all of it where it has a
+    mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, torch.distributed.tensor.DTensor) for t in types):
+            return NotImplemented  # its parts come by themselves
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _ATTENTION:
+            first, products = _ATTENTION[func]
+            query, key = args[first : first + 2]
+            causal = any(x is True for x in args)
+            pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+            self.total += products * 2 * pairs * query.shape[3] // (1 + causal)
+        elif func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Of one call of `step`, of which nothing runs compiled."""
+    with torch.compiler.set_stance("force_eager"), Flops() as flops:
+        step()
+    return flops.total
+
+
+class Products:
+    """A side (sides.py) that only multiplies: by the weights of one of the model's layers, with as
+    many tokens as our micro-batch has, forward and backward; and large squares, for comparison."""
+
+    def __init__(self, model: str, tokens: int, dtype: str):
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        layer = whole.model.layers[0].modules()
+        self.shapes = [m.weight.shape for m in layer if isinstance(m, torch.nn.Linear)]
+        self.tokens, self.dtype = tokens, getattr(torch, dtype)
+
+    def rates(self) -> dict[str, float]:
+        """FLOP/s."""
+        return {
+            "own": self._rate([(self.tokens, *shape) for shape in self.shapes]),
+            "squares": self._rate([(4096, 4096, 4096)]),
+        }
+
+    def _rate(self, shapes: list[tuple[int, int, int]]) -> float:
+        """Of n tokens, m numbers out, k in; the median of five rounds after one."""
+        of = {"dtype": self.dtype}
+        tensors = [
+            (torch.randn(n, k, **of), torch.randn(m, k, **of), torch.randn(n, m, **of))
+            for n, m, k in shapes
+        ]
+        seconds = []
+        for _ in range(6):
+            began = time.perf_counter()
+            for x, weight, gradient in tensors:
+                F.linear(x, weight)
+                gradient @ weight
+                gradient.T @ x
+            seconds.append(time.perf_counter() - began)
+        return sum(6 * n * m * k for n, m, k in shapes) / statistics.median(seconds[1:])
