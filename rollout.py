@@ -7,6 +7,7 @@ stops the run on all ranks; no score is made up. A response that the judge refus
 --client.skip_refused allows it, has neither scores nor a reward and is left out of every mean.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ class Collector:
 
         response_ids = {key: r.response_ids for key, r in finished.items()}
         self.pending = pending = []
-        failed = False
+        failed, began = False, time.monotonic()
         bar = progress(total=len(missing), desc="rollouts", leave=False, rank=parallel.rank())
         with self.clock("sampling"), bar:
             for sample in self.sampler.sample(missing, self.params):
@@ -107,7 +108,8 @@ class Collector:
                     )
                 request = sample.request
                 response_ids[step, request.prompt_id, request.sample] = sample.response_ids
-                work = self._judge_and_reward(sample, cycle, step, path)
+                seconds = round(time.monotonic() - began, 3)
+                work = self._judge_and_reward(sample, seconds, cycle, step, path)
                 pending.append(self.background.submit(work))
                 bar.update()
                 if failed := any(f.done() and f.exception() for f in pending):
@@ -151,7 +153,9 @@ class Collector:
             return {}
         return {"judge": parallel.all_sum(self.judge.client.take_counts())}
 
-    async def _judge_and_reward(self, sample: Sample, cycle: int, step: int, path: Path) -> Rollout:
+    async def _judge_and_reward(
+        self, sample: Sample, seconds: float, cycle: int, step: int, path: Path
+    ) -> Rollout:
         """Lines 8-16 for one response; the rollout is on file when this returns."""
         request, c = sample.request, self.reward
         block = parse_self_eval(sample.text)  # line 8
@@ -200,6 +204,7 @@ class Collector:
             calibration=calibration,
             weight_version=sample.weight_version,
             sampled_logp=sample.logp,
+            sampled_after=seconds,
             refused=refused,
         )
         append_rollout(path, rollout)

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -21,12 +22,17 @@ _ATTENTION = {
 
 class Flops(TorchDispatchMode):
     """Counts matrix products and attention in a `with` block, which is slow. Attention is counted
-    as its kernel is called: half of the square where it is causal, all of it where it has a
-    mask."""
+    as its kernel is called: half of the square where it is causal, all of it where it has a mask.
+    `by_part`: "attention", "head" (products with a side of `vocabulary`), "matrix products"."""
 
-    def __init__(self):
+    def __init__(self, vocabulary: int = 0):
         super().__init__()
-        self.total = 0
+        self.by_part: Counter[str] = Counter()
+        self.vocabulary = vocabulary
+
+    @property
+    def total(self) -> int:
+        return self.by_part.total()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, torch.distributed.tensor.DTensor) for t in types):
@@ -38,9 +44,11 @@ class Flops(TorchDispatchMode):
             query, key = args[first : first + 2]
             causal = any(x is True for x in args)
             pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-            self.total += products * 2 * pairs * query.shape[3] // (1 + causal)
+            self.by_part["attention"] += products * 2 * pairs * query.shape[3] // (1 + causal)
         elif func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            sides = {n for x in (*args, out) if isinstance(x, torch.Tensor) for n in x.shape}
+            part = "head" if self.vocabulary in sides else "matrix products"
+            self.by_part[part] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         return out
 
 

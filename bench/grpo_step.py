@@ -80,6 +80,7 @@ class See:
         self.optimizer = grpo.make_optimizer(self.policy, grpo.GRPOConfig())
         self.rows = [grpo.response_row(r.prompt_ids, r.response_ids) for r in rollouts]
         self.tokens = 0  # counted in a step
+        self.vocabulary = self.policy.model.config.vocab_size
 
     def step(self) -> Stopwatch:
         watch, g, n = Stopwatch(), self.grpo, len(self.rollouts)
@@ -95,6 +96,9 @@ class See:
                 refs, TEMPERATURE, g.GRPOConfig(),
             )  # fmt: skip
         return watch
+
+    def close(self) -> None:
+        self.group.__exit__(None, None, None)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Of the first step, clipped as the optimiser gets them."""

@@ -43,6 +43,7 @@ class Rollout:
     # The sampler's log-probabilities at temperature 1, compared with the trainer's (grpo.py, note
     # 2).
     sampled_logp: tuple[float, ...] | None = None
+    sampled_after: float | None = None  # seconds from the beginning of its step's sampling
     refused: str | None = None  # the judge's words, if it refused to judge a well-formed response
 
     @property
