@@ -243,7 +243,9 @@ class Saver:
     are not run: no state appears without the checkpoint before it."""
 
     def __init__(self):
-        self._thread = ThreadPoolExecutor(1, "saver")
+        # A thread begins on the first GPU, whichever is its process's.
+        on_gpu = (torch.cuda.set_device, (device(),)) if torch.cuda.is_available() else ()
+        self._thread = ThreadPoolExecutor(1, "saver", *on_gpu)
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for the jobs' collectives
         self._jobs: list[Future] = []
         self._failed = False  # the same on all ranks
