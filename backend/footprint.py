@@ -60,10 +60,11 @@ def root_parameters(m: Size) -> int:
 
 
 def activations(p: PolicyConfig, m: Size) -> float:
-    """Saved from forward to backward, for a token: the input of each layer, without gradient
-    checkpointing all that each layer saves."""
-    inner = 0 if p.gradient_checkpointing else m.layers * m.saved[p.dtype]
-    return itemsize(p.dtype) * m.layers * m.hidden + inner
+    """Saved from forward to backward, for a token: input and attention's output of each layer,
+    without gradient checkpointing all that each layer saves."""
+    size = itemsize(p.dtype)
+    inner = size * m.queries if p.gradient_checkpointing else m.saved[p.dtype]
+    return m.layers * (size * m.hidden + inner)
 
 
 def at_head(p: PolicyConfig, m: Size, tokens: int, gpu: bool) -> dict[str, float]:

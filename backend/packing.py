@@ -369,5 +369,13 @@ def attend_without_mask(
     )[None]
 
 
+# What attention runs on a CPU and on a GPU, with and without a shared prefix. policy.py keeps its
+# output where the rest of a layer is recomputed.
+ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
+]
 ATTENTION_NAME = "shared_prefix"  # under which transformers finds `attend`
 AttentionInterface.register(ATTENTION_NAME, attend)

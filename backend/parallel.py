@@ -230,7 +230,12 @@ def copy_shards(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 def clip_grad_norm(module: torch.nn.Module, max_norm: float) -> float:
     """Clip by the global norm; returns the norm before clipping."""
-    return full_tensor(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)).item()
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+    before = norm.item()
+    if before > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
+    return before
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
@@ -59,7 +60,8 @@ class PolicyConfig(Options):
     """Scored tokens whose logits are in memory at once: 2,048 x 151k vocabulary is 0.6 GB in
     bf16."""
     gradient_checkpointing: bool = True
-    """Recompute each layer in backward instead of keeping its activations."""
+    """Recompute each layer in backward, all but its attention, instead of keeping its
+    activations."""
     compile: bool = False
     """Compile each layer but its attention (torch.compile; a C++ compiler, on a GPU Triton too).
     Changes the rounding of norms and activations, memory and time."""
@@ -256,7 +258,8 @@ def load_policy(folder: str | Path, config: PolicyConfig, trainable: bool = True
     policy = Policy(model, config.head_tokens)
     policy.requires_grad_(trainable).train(trainable)
     if trainable and config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        keep = partial(create_selective_checkpoint_contexts, packing.ATTENTION_KERNELS)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep})
     if config.compile:
         for layer in model.model.layers:  # inside of recomputation and of FSDP's hooks
             layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -2,11 +2,14 @@
 
 import json
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 from conftest import make_rollout
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backend import parallel
@@ -56,6 +59,40 @@ def test_the_head_runs_on_scored_tokens_only_and_in_chunks(random_folder, tokeni
         [batch] = share_out([one], [0], 1000).batches
         policy(batch).logp.sum().backward()
     assert seen == [4, 4, 1] * 4
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # its parts come by themselves
+        self.calls[func._overloadpacket._qualified_op_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("shared", "products"), [(True, 2), (False, 1)])
+def test_all_of_a_layer_is_recomputed_but_its_attention(random_folder, shared, products):
+    """By hand: 2 layers of 7 matrix products, of which backward does not need the last one's
+    result; attention is a call for the prefix and one for the rows behind it, or one for padded
+    rows. Gradients are compared in test_packing.py."""
+    one = row(500)
+    rows = [one, one._replace(ids=[*one.ids[:5], *range(9)])]
+    matrix = {}
+    for checkpointing in (True, False):
+        config = PolicyConfig("float32", shared_prefix=shared, gradient_checkpointing=checkpointing)
+        policy = load_policy(random_folder("llama"), config)
+        [batch] = share_out(rows, [0, 0], 1000, shared).batches
+        with Kernels() as kernels:
+            policy(batch).logp.sum().backward()
+        matrix[checkpointing] = kernels.calls["aten::mm"]
+        name = "aten::_scaled_dot_product_flash_attention_for_cpu"
+        assert kernels.calls[name] == kernels.calls[f"{name}_backward"] == 2 * products
+    assert matrix[True] - matrix[False] == 2 * 6
 
 
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
