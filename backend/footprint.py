@@ -60,11 +60,10 @@ def root_parameters(m: Size) -> int:
 
 
 def activations(p: PolicyConfig, m: Size) -> float:
-    """Saved from forward to backward, for a token: input and attention's output of each layer,
-    without gradient checkpointing all that each layer saves."""
+    """Saved from forward to backward, for a token and layer: input and attention's output, without
+    gradient checkpointing all that the layer saves."""
     size = itemsize(p.dtype)
-    inner = size * m.queries if p.gradient_checkpointing else m.saved[p.dtype]
-    return m.layers * (size * m.hidden + inner)
+    return size * m.hidden + (size * m.queries if p.gradient_checkpointing else m.saved[p.dtype])
 
 
 def at_head(p: PolicyConfig, m: Size, tokens: int, gpu: bool) -> dict[str, float]:
@@ -75,7 +74,7 @@ def at_head(p: PolicyConfig, m: Size, tokens: int, gpu: bool) -> dict[str, float
     gradient_sum = 4 * weight if tokens > p.head_tokens else 0
     return {
         "gathered weights": size * (root_parameters(m) + m.per_layer),
-        "activations": activations(p, m) * tokens,
+        "activations": m.layers * activations(p, m) * tokens,
         "head": logits + gradient_sum + max(blocks, size * weight) + 2 * size * m.hidden * tokens,
     }
 
@@ -86,7 +85,10 @@ def in_layer(config, m: Size, ranks: int, tokens: int, gpu: bool) -> dict[str, f
     size, keys = itemsize(p.dtype), m.kv_per_token / 2 / m.layers
     # Each row behind a prefix has the prefix's keys and values again (packing.attend).
     again = config.rollouts * config.prompt_tokens / tokens if p.shared_prefix else 0
-    recomputed = (m.saved[p.dtype] if p.gradient_checkpointing else 0) + 2 * size * keys * again
+    recomputed, before = 2 * size * keys * again, m.layers
+    if p.gradient_checkpointing:
+        # Of the last layer but one: by then the gradients of the last are on their way.
+        recomputed, before = recomputed + m.saved[p.dtype] - size * m.queries, m.layers - 1
     mlp = 2 * size * (m.feed_forward + m.hidden)
     attention = size * (2 * m.queries + 2 * keys * (1 + again))
     if gpu:  # flash attention's workspace: an fp32 sum, and gradients of keys for each query head
@@ -98,7 +100,7 @@ def in_layer(config, m: Size, ranks: int, tokens: int, gpu: bool) -> dict[str, f
         # their way to the other ranks and come back.
         "gathered weights and gradients": size * (root_parameters(m) + m.vocabulary * m.hidden)
         + (2 * size + 4 + 4 / ranks) * m.per_layer,
-        "activations": activations(p, m) * tokens,
+        "activations": before * activations(p, m) * tokens,
         "layer": work if gpu else CPU_WORK * work,
     }
 
