@@ -187,7 +187,9 @@ NO_RANGE = {
     RewardConfig: set(),
     SamplingParams: set(),
     EngineConfig: {"sleep", "async_scheduling"},
-    PolicyConfig: {"compile", "dtype", "parameters", "shared_prefix", "attn", "gradient_checkpointing"},
+    PolicyConfig: {
+        "dtype", "parameters", "shared_prefix", "attn", "gradient_checkpointing", "compile",
+    },
     ClientConfig: {"key_variable"},
     Endpoint: {"base_url", "token_limit", "output", "request"},
 }  # fmt: skip
