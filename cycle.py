@@ -354,14 +354,12 @@ class Run:
 
     def _save_in_phase_1(self, cycle: int, step: int) -> None:
         """At the phase's end without optimiser, because phase 2 starts with a fresh one."""
-        every = self.config.save_every
-        if step == self.config.rl_steps:
+        every, last = self.config.save_every, step == self.config.rl_steps
+        if last or (every and step % every == 0):
             self._finish_saving()
-            self._save(cycle, step)
-        elif every and step % every == 0:
-            self._finish_saving()
-            self._export(cycle, step)
-            self._save(cycle, step, self.optimizer)
+            if not last:
+                self._export(cycle, step)
+            self._save(cycle, step, None if last else self.optimizer)
 
     def _finish_saving(self) -> None:
         with self.clock("saving"):

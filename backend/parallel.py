@@ -253,7 +253,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "saver", *on_gpu)
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for the jobs' collectives
         self._jobs: list[Future] = []
-        self._failed = False  # the same on all ranks
+        self._failed = False  # in the end the same on all ranks
 
     def start(self, job: Callable[[Group], None]) -> None:
         """`job` gets a process group of its own, and nothing that it uses may change any more."""
