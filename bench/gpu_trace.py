@@ -121,7 +121,7 @@ class Rank:
         def local(t):
             return t.to_local() if isinstance(t, torch.distributed.tensor.DTensor) else t
 
-        def save(tensors, checkpoint_id):
+        def save(tensors, checkpoint_id, process_group):
             saved.update({name: (t.shape, t.dtype, local(t).cpu().shape)
                           for name, t in tensors.items()})  # fmt: skip
 

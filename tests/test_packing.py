@@ -91,6 +91,7 @@ def test_equal_to_one_row_after_the_other(
         )
     loss = 0.0
     for batch in work.batches:
+        ours = 0.0
         got = policy(batch, temperature=0.8)
         assert not got.logp_t1.requires_grad
         for b, i in enumerate(batch.index):
@@ -113,8 +114,9 @@ def test_equal_to_one_row_after_the_other(
             # Different weights at each place, of both signs, so that a mix-up would show.
             weight = torch.arange(len(row.ids) - 1)[at] - 8.5 + i
             loss = loss + (weight * want[0][at] + (weight - 0.3) * want[1][at]).sum()
-            ours = weight * got.logp[b, column] + (weight - 0.3) * got.entropy[b, column]
-            ours.sum().backward(retain_graph=True)
+            values = weight * got.logp[b, column] + (weight - 0.3) * got.entropy[b, column]
+            ours = ours + values.sum()
+        ours.backward()
     loss.backward()
     for (name, p), q in zip(policy.model.named_parameters(), plain.parameters(), strict=True):
         difference = (parallel.full_tensor(p.grad) - q.grad).norm() / q.grad.norm()
