@@ -257,7 +257,9 @@ def packed_loss(model: Qwen3ForCausalLM, batch: Packed) -> torch.Tensor:
         input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.attends,
         use_cache=False,
     ).last_hidden_state  # (B, L, D)  # fmt: skip
-    return F.cross_entropy(model.lm_head(states.flatten(0, 1)[batch.before]), batch.targets)
+    # With plain indexing the gradient's sums would differ from run to run with several threads.
+    before = states.flatten(0, 1).index_select(0, batch.before)  # (N, D)
+    return F.cross_entropy(model.lm_head(before), batch.targets)
 
 
 # --------------------------------------------------------------------------------------------------

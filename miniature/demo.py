@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def results_folder(seed: int) -> Path:
 
 
 def one_seed(seed: int, full: bool) -> None:
-    names = [name for name in RUNS if full or name != "no-latent"]
+    names = run_names(full)
     for latent in (True, False)[: 1 + full]:
         command(
             "base model: pretraining on the miniature's world"
@@ -114,9 +114,9 @@ def one_seed(seed: int, full: bool) -> None:
     runs = {name: run_folder(name, seed) for name in names}
     evaluate(base_folder(seed), runs, results_folder(seed))
     out = Path(f"report/demo-{seed}")
-    report([results_folder(seed)], out, full, runs["see"])
+    report([results_folder(seed)], out, models(names), runs["see"])
     print(f"\nRollouts of SEE's last cycle\n\n{some_rollouts(runs['see'])}")
-    show([seed], out, full)
+    show([seed], out, models(names))
 
 
 def evaluate(base: Path, runs: dict[str, RunFolder], results: Path) -> None:
@@ -124,8 +124,7 @@ def evaluate(base: Path, runs: dict[str, RunFolder], results: Path) -> None:
     answer does to the last ones' scores, and the base's digits."""
     p = PRESETS["tiny"]
     options = (
-        "--benchmarks", f"test={base / 'test.jsonl'}", "--primary", "test", "see",
-        "--training_run", runs["see"],
+        "--benchmarks", f"test={base / 'test.jsonl'}", "--training_run", runs["see"],
         "--name", results.relative_to("results"), "--judge", p.judge, "--template", p.template,
         "--prompt_tokens", p.prompt_tokens, "--sampling.max_tokens", p.sampling.max_tokens,
         "--dtype", p.policy.dtype, "--sampler", p.sampler, "--sample_rows", 512,
@@ -144,26 +143,32 @@ def evaluate(base: Path, runs: dict[str, RunFolder], results: Path) -> None:
         "the base model's digits": ("digits", last[:1]),
     }
     for title, (stage, models) in stages.items():
-        command(f"evaluation: {title}", "evaluate.py", "--models", *models, *options,
+        primary = ("--primary", "test", "see") if len(models) > 1 else ()
+        command(f"evaluation: {title}", "evaluate.py", "--models", *models, *options, *primary,
                 "--stages", stage, log=subprocess.DEVNULL)  # fmt: skip
 
 
-def models(full: bool) -> list[str]:
-    return [m for m in MODELS if full or m != "no-latent"]
+def run_names(full: bool) -> list[str]:
+    return [name for name in RUNS if full or name != "no-latent"]
 
 
-def report(results: Sequence[Path], out: Path, full: bool, *runs: RunFolder) -> None:
+def models(runs: Collection[str]) -> list[str]:
+    """The base and the runs of these names, in the order of the tables."""
+    return [m for m in MODELS if m == "base" or m in runs]
+
+
+def report(results: Sequence[Path], out: Path, models: Sequence[str], *runs: RunFolder) -> None:
     """Tables of the base and the last checkpoints; Figure 2 over all checkpoints on file."""
     training = ("--runs", *runs) if runs else ()
-    command("tables and figures", "report.py", *results, "--models", *models(full), *training,
+    command("tables and figures", "report.py", *results, "--models", *models, *training,
             "--out", out, log=subprocess.DEVNULL)  # fmt: skip
 
 
-def show(seeds: Sequence[int], out: Path, full: bool) -> None:
-    by_kind = kinds.table([load_evaluation(results_folder(s)) for s in seeds], models(full))
+def show(seeds: Sequence[int], out: Path, models: Sequence[str]) -> None:
+    by_kind = kinds.table([load_evaluation(results_folder(s)) for s in seeds], models)
     print(
         f"\n512 test prompts x {SAMPLES} answers, temperature 0.8, after 2,400 sample-passes, "
-        f"seed {', '.join(map(str, seeds))}\n\n{table(out, models(full))}\n\n{by_kind}\n\n"
+        f"seed {', '.join(map(str, seeds))}\n\n{table(out, models)}\n\n{by_kind}\n\n"
         f"Figure 2: {out}/figure2.png; all tables: {out}/report.html"
     )
 
@@ -217,8 +222,9 @@ def many_seeds(seeds: Sequence[int], full: bool) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, seeds))
     out = Path("report/demo-seeds")
-    report([results_folder(seed) for seed in seeds], out, full)
-    show(seeds, out, full)
+    shown = models(run_names(full))
+    report([results_folder(seed) for seed in seeds], out, shown)
+    show(seeds, out, shown)
 
 
 def main(seed: int = 0, seeds: tuple[int, ...] = (), full: bool = False) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from evaluation import controls
+from evaluation import controls, predictors
 from evaluation.results import Cell, Evaluation, load_evaluation
 from miniature.world import FORKS, KINDS
 from prompts import ATTRIBUTES
@@ -32,7 +32,7 @@ def kinds_of(cell: Cell, prompt_ids: Sequence[str]) -> np.ndarray:
 def pairs(own: np.ndarray, judge: np.ndarray, prompts: np.ndarray) -> float | None:
     """Of the pairs of answers to one prompt that the judge tells apart, the share that the model
     orders alike; its ties count half. None where there is no such pair."""
-    orderings = controls.within_prompts(own.tolist(), judge.tolist(), prompts.tolist())
+    orderings = controls.within_prompts(own.tolist(), judge.tolist(), prompts.tolist()).values()
     total = sum(o.pairs for o in orderings)
     return sum(o.right for o in orderings) / total if total else None
 
@@ -55,8 +55,8 @@ def figures(cell: Cell, kinds: Sequence[str]) -> dict[str, float | None]:
     expected = controls.expected_scores(logp[read])[:, 0]
     values = (
         len(s) / asked.sum(),
-        controls.qualities(j).mean(),
-        controls.calibrations(s, j, cell.gamma).mean(),
+        predictors.qualities(j).mean(),
+        predictors.calibrations(s, j, cell.gamma).mean(),
         pairs(s[:, CORRECTNESS], j[:, CORRECTNESS], prompts),
         pairs(expected, cell.j[where, CORRECTNESS], cell.prompts[where]),
     )

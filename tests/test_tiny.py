@@ -237,7 +237,7 @@ def test_the_base_model_is_made_once_and_the_same_again(tmp_path, monkeypatch, c
 
 
 def test_the_demo_from_checkpoints_to_table_and_figure(tmp_path, monkeypatch, capsys):
-    """A base that has learnt little, three small runs, two ranks for one of them; the demo's own
+    """A base that has learnt little, two small runs, two ranks for one of them; the demo's own
     evaluation, report, tables and figure, and the log-probabilities behind its digits."""
     monkeypatch.chdir(tmp_path)
     recipe = base_model.Recipe(shorten=0.1, prompts=(60, 10, 20))
@@ -247,16 +247,16 @@ def test_the_demo_from_checkpoints_to_table_and_figure(tmp_path, monkeypatch, ca
     cycle = str(ROOT / "cycle.py")
     for ranks, name, options in (
         (2, "see", ["--preset", "tiny", "--cycles", "2"]),
-        (1, "rl", ["--preset", "tiny", "--cycles", "1", "--no-distil"]),
         (1, "rlcr", ["--preset", "tiny-rlcr", "--epochs", "1", "--save_every", "1"]),
     ):
         options += ["--name", f"demo/{name}-0"]
         finish(start_ranks(ranks, [cycle, *options, *common], tmp_path))
 
-    runs = {name: RunFolder(Path(f"runs/demo/{name}-0")) for name in ("see", "rl", "rlcr")}
+    runs = {name: RunFolder(Path(f"runs/demo/{name}-0")) for name in ("see", "rlcr")}
     results, out = demo.results_folder(0), Path("report/demo-0")
     demo.evaluate(base, runs, results)
-    demo.report([results], out, False, runs["see"])
+    models = demo.models(runs)
+    demo.report([results], out, models, runs["see"])
     see_costs, rlcr_costs = (
         list(costs(runs[name].checkpoints()).values()) for name in ("see", "rlcr")
     )
@@ -267,20 +267,20 @@ def test_the_demo_from_checkpoints_to_table_and_figure(tmp_path, monkeypatch, ca
     calls = [c.judge_calls for c in see_costs]
     assert 0 < calls[0] <= 16 * 8 and calls[0] < calls[1]
     cells = EvaluationFolder(results).cells()
-    assert [model for _, model in cells] == ["base", "see", "rl", "rlcr", "see_cycle_01",
+    assert [model for _, model in cells] == ["base", "see", "rlcr", "see_cycle_01",
                                              "rlcr_cycle_01_step_00001"]  # fmt: skip
     assert all(len(cell.answers()) == 80 for cell in cells.values())
     assert (out / "figure2.png").stat().st_size > 20_000
 
-    shown = demo.table(out, demo.models(False))
+    shown = demo.table(out, models)
     rows = {line[:32].strip(): line[32:].split() for line in shown.splitlines()}
-    assert rows[""] == ["base", "rlcr", "rl", "see"] and len(rows) == 1 + len(demo.SHOWN)
+    assert rows[""] == ["base", "rlcr", "see"] == models and len(rows) == 1 + len(demo.SHOWN)
     answers = cells["test", "see"].answers()
     well_formed = sum(r.self_scores is not None for r in answers) / 80
     assert rows["well-formed"][-3] == f"{well_formed:.3f}" and well_formed > 0.3
     assert demo.some_rollouts(runs["see"]).count("right: ") == 3
     capsys.readouterr()
-    demo.show([0], out, False)
+    demo.show([0], out, models)
     shown = capsys.readouterr().out
     assert shown.count("\nsee ") == len(kinds.GROUPS) and "figure2.png" in shown
 
