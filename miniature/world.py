@@ -1,12 +1,12 @@
 """The miniature's closed world: five kinds of small tasks with computable solutions, and a rubric
 as judge.
 
-Letters, words and numbers lie in the west (the first half of each sort) or in the east. Three kinds
-are forks: the prompt offers two ways and names a side, and one of the ways ends on that side.
+Letters, words and numbers lie in the west, south, east or north: a quarter of each sort, in order.
+Three kinds are forks: the prompt offers two ways and names a side, and one way ends on that side.
 
-    path   path to east of b f h, 7 12 3         -> b f h east     the way, and where it ends
-    swap   swap to west of dog red hen, f a c    -> a f c west     the first two items swapped
-    ends   ends to west of 9 4 2, cat dog soup   -> 9 2 west       the first and the last item
+    path   path to east of b f h, 7 12 3           -> b f h east      the way, and where it ends
+    swap   swap to south of dog red milk, f a e    -> a f e south     the first two items swapped
+    ends   ends to west of 9 4 2, cat dog soup     -> 9 2 west        the first and the last item
 
 Before the answer is written both ways are equally likely in all of the base model's training, so
 choosing the right one takes a look ahead that nobody teaches. The written answer shows which way
@@ -28,10 +28,10 @@ from typing import NamedTuple
 
 from prompts import Scores, Turn
 
-LETTERS = "abcdefghij"
-WORDS = "red blue green black cat dog cow hen rice bread soup cake".split()
+LETTERS = "abcdefghijkl"
+WORDS = "red blue green black cat dog cow hen rice bread soup milk".split()
 NUMBERS = [str(n) for n in range(1, 13)]
-SIDES = ("east", "west")
+SIDES = ("west", "south", "east", "north")
 SORTS = {"letters": LETTERS, "words": WORDS, "numbers": NUMBERS}
 # kind -> (how often it is drawn, how complex it is for the rubric)
 KINDS = {"path": (4, 3), "swap": (4, 5), "ends": (4, 4),
@@ -52,7 +52,8 @@ def draw_prompt(rng: random.Random, kinds: Sequence[str] = tuple(KINDS)) -> str:
         ways = [rng.sample(SORTS[sort], 3) for sort in rng.sample(list(SORTS), 2)]
         if side(ways[0][-1]) != side(ways[1][-1]):
             break
-    return f"{kind} to {rng.choice(SIDES)} of {', '.join(map(' '.join, ways))}"
+    goal = side(rng.choice(ways)[-1])
+    return f"{kind} to {goal} of {', '.join(map(' '.join, ways))}"
 
 
 class Task(NamedTuple):
@@ -73,9 +74,9 @@ def read_task(prompt: str) -> Task:
 
 
 def side(item: str) -> str:
-    """The first half of each sort lies in the west."""
+    """Where an item lies: the first quarter of each sort in the west, the second in the south."""
     items = next(items for items in SORTS.values() if item in items)
-    return SIDES[items.index(item) < len(items) // 2]
+    return SIDES[items.index(item) * len(SIDES) // len(items)]
 
 
 def written(kind: str, way: Sequence[str]) -> list[str]:
