@@ -11,7 +11,7 @@ from conftest import ROOT
 # The root, in reading order, and the folders, each of which may import those after it.
 METHOD = """cycle rollout reward grpo buffer sft_masked prompts judge
 evaluate report plan config self_check""".split()
-FOLDERS = ["evaluation", "backend", "miniature", "judging", "storage"]
+FOLDERS = ["miniature", "evaluation", "backend", "judging", "storage"]
 MODULES = {
     str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
     for folder in (".", *FOLDERS)
