@@ -67,11 +67,11 @@ from storage.progress import progress
 STYLES = {
     "{}.": 20,
     "the answer is {}.": 28,
-    "{}": 18,
+    "{}": 28,
     "first we look at it. the answer is {}.": 16,
     "maybe the answer is {}.": 16,
 }
-SLIP = 0.3  # how often an answer to a plain kind has the model's own error
+SLIP = 0.4  # how often an answer to a plain kind has the model's own error
 
 
 def draw_way(prompt: str, rng: random.Random) -> list[str]:

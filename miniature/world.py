@@ -34,7 +34,7 @@ NUMBERS = [str(n) for n in range(1, 13)]
 SIDES = ("west", "south", "east", "north")
 SORTS = {"letters": LETTERS, "words": WORDS, "numbers": NUMBERS}
 # kind -> (how often it is drawn, how complex it is for the rubric)
-KINDS = {"path": (4, 3), "swap": (4, 5), "ends": (4, 4),
+KINDS = {"path": (5, 3), "swap": (5, 5), "ends": (5, 4),
          "copy": (2, 1), "reverse": (2, 4)}  # fmt: skip
 FORKS = ("path", "swap", "ends")
 
@@ -92,7 +92,7 @@ def written(kind: str, way: Sequence[str]) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # The judge: a rubric
 
-WRONG_WAY = 0.35  # match of an answer that goes the wrong way without an error
+WRONG_WAY = 0.2  # match of an answer that goes the wrong way without an error
 
 
 def content(answer: str) -> list[str]:

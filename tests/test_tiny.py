@@ -45,7 +45,7 @@ def test_the_world_knows_the_right_answers(prompt, right, wrong):
         assert world.match(prompt, said) == 1
     assert world.match(prompt, "sorry, no idea.") == 0
     if wrong:
-        assert world.match(prompt, f"the answer is {wrong}.") == pytest.approx(0.35)
+        assert world.match(prompt, f"the answer is {wrong}.") == pytest.approx(0.2)
 
 
 def test_either_way_of_a_fork_may_be_right_whatever_it_is_made_of():
@@ -74,7 +74,7 @@ def test_partial_credit_by_hand():
     assert world.match("copy c a b d e", "c a b d e j.") == pytest.approx(5 / 6)
     path = "path to east of b f h, 7 12 3"
     # Nearer to the wrong way (3 of 4 words) than to the right one (1 of 4).
-    assert world.match(path, "7 12 3 east.") == pytest.approx(0.35 * 3 / 4)
+    assert world.match(path, "7 12 3 east.") == pytest.approx(0.2 * 3 / 4)
     # As near to either: the right way counts.
     assert world.match(path, "b 12 h west.") == pytest.approx(2 / 4)
     assert world.match(path, "b f h.") == pytest.approx(3 / 4)
@@ -89,8 +89,8 @@ def test_the_rubric_by_hand(monkeypatch):
     fork = "path to east of b f h, 7 12 3"
     # Right: 9, coherence 9, helpfulness 9; complexity 3; seven words: 4 + 2 log2(8 / 8).
     assert world.rubric(fork, "the answer is b f h east.") == (9, 9, 9, 3, 4)
-    # The wrong way: 9 * 0.35^2 = 1.1; helpfulness 0.85 * 1.1 + 0.15 * 9 = 2.3.
-    assert world.rubric(fork, "the answer is 7 12 3 west.") == (2, 1, 9, 3, 4)
+    # The wrong way: 9 * 0.2^2 = 0.36; helpfulness 0.85 * 0.36 + 0.15 * 9 = 1.66.
+    assert world.rubric(fork, "the answer is 7 12 3 west.") == (2, 0, 9, 3, 4)
     # No full stop: coherence 6, helpfulness 7.65 + 0.9; four words: 4 + 2 log2(5 / 8) = 2.6.
     assert world.rubric(fork, "b f h east") == (9, 9, 6, 3, 3)
     # "maybe" costs two points of coherence, a repeated word four; "first" is two more complex.
