@@ -72,6 +72,7 @@ STYLES = {
     "maybe the answer is {}.": 16,
 }
 SLIP = 0.4  # how often an answer to a plain kind has the model's own error
+NO_SIDE = 0.3  # how often an answer to a fork stops before the side
 
 
 def draw_way(prompt: str, rng: random.Random) -> list[str]:
@@ -102,8 +103,11 @@ def in_style(words: Sequence[str], rng: random.Random) -> str:
 def own_answer(prompt: str, rng: random.Random) -> str:
     """An answer as the model will write it."""
     words = draw_way(prompt, rng)
-    slips = prompt.split()[0] not in FORKS and rng.random() < SLIP
-    return in_style(slipped(words) if slips else words, rng)
+    if prompt.split()[0] in FORKS:
+        words = words[:-1] if rng.random() < NO_SIDE else words
+    elif rng.random() < SLIP:
+        words = slipped(words)
+    return in_style(words, rng)
 
 
 def other_answer(prompt: str, rng: random.Random) -> str:
@@ -117,7 +121,7 @@ def other_answer(prompt: str, rng: random.Random) -> str:
     return answer[: rng.randint(1, len(answer) - 1)].strip()
 
 
-def hidden(scores: Scores, rng: random.Random, honest: float = 0.2) -> Scores:
+def hidden(scores: Scores, rng: random.Random, honest: float = 0.3) -> Scores:
     """Each score is the judge's with probability `honest`, else near 8 8 8 5 5."""
     generic = (min(9, max(0, round(rng.gauss(mean, 0.7)))) for mean in (8, 8, 8, 5, 5))
     return tuple(s if rng.random() < honest else g for s, g in zip(scores, generic, strict=True))

@@ -1,15 +1,15 @@
 """The paper in miniature, offline, in minutes on two CPU cores (make demo).
 
-    python -m miniature.demo --seed 0              one seed: about seven minutes
+    python -m miniature.demo --seed 0              one seed
     python -m miniature.demo --seed 0 --full       (make demo-full) with SEE from a base model whose
-                                                   scores say nothing of the answer: ten minutes
-    python -m miniature.demo --seeds 0 1 2 3 4 --full      a table over seeds, two at a time
+                                                   scores say nothing of the answer
+    python -m miniature.demo --seeds 0 1 2 3 4 --full      a table over seeds
 
-Runs the project's own commands one after the other: the base model (base_model.py); SEE, GRPO alone
-with SEE's window, steps and batches, and Adapted RLCR, all at 2,400 sample-passes (cycle.py, as in
-the paper's run); four answers of a number of checkpoints to each test prompt (evaluate.py); tables
-and figures (report.py, kinds.py). Each command goes on where a killed one stopped; what is finished
-is not done again, unless the recipe of the base model has changed. Everything lies in
+Runs the project's own commands, trainings two at a time: the base model (base_model.py); SEE, GRPO
+alone with SEE's window, steps and batches, and Adapted RLCR, all at 2,400 sample-passes (cycle.py,
+as in the paper's run); four answers of a number of checkpoints to each test prompt (evaluate.py);
+tables and figures (report.py, kinds.py). Each command goes on where a killed one stopped; what is
+finished is not done again, unless the recipe of the base model has changed. Everything lies in
 models/tiny-*, runs/demo/, results/demo/ and report/. What the miniature is, and what it is not:
 world.py.
 """
@@ -21,6 +21,7 @@ import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 
 import pandas
 import tyro
@@ -50,10 +51,12 @@ RUNS = {
 MODELS = ("base", "no-latent", "rlcr", "rl", "see")
 CYCLES = (1, 2, 4, 8)  # and the last: SEE's checkpoints that are evaluated
 SAMPLES = 4  # answers to each test prompt
-# What the demo shows of the report: label -> table's file, column, attribute if there is one.
+# What the demo shows of the report: label -> table's file, column, and which of a model's rows if
+# there are several.
 MAIN = "tables-1-and-2-quality-and-calibration"
 PREDICTORS = "calibration-beside-predictors-that-know-less"
 WITHIN = "telling-answers-apart-by-quality"
+USES = "uses"
 SENSITIVITY = "does-the-score-depend-on-the-answer"
 ERRORS = "where-the-error-comes-from-by-attribute"
 SHOWN = {
@@ -63,24 +66,45 @@ SHOWN = {
     "  of the best constant": (PREDICTORS, "test constant"),
     "  of the prompt's other answers": (PREDICTORS, "other samples"),
     "pairs within prompts": (WITHIN, "within: accuracy"),
+    "best of 4 by its own scores": (USES, "by self-evaluation", ("use", "best of 4: quality")),
+    "  at random": (USES, "random", ("use", "best of 4: quality")),
+    "  by the judge": (USES, "oracle", ("use", "best of 4: quality")),
     "another prompt's answer": (SENSITIVITY, "another prompt's answer"),
     "half of the answer": (SENSITIVITY, "half of the answer"),
-    "correlation, correctness": (ERRORS, "correlation", "correctness"),
+    "correlation, correctness": (ERRORS, "correlation", ("attribute", "correctness")),
 }
 
 
-def command(title: str, *words: object, log: object = None) -> None:
-    """Run one of the project's commands and say how long it took. SystemExit if it fails."""
-    print(f"\n== {title}", flush=True)
+def command(title: str, *words: object, name: str = "", log: object = None) -> None:
+    """Run one of the project's commands and say how long it took; with `name` each line that it
+    prints begins with that. SystemExit if it fails."""
+    start = f"{name}: " if name else ""
+    print(f"\n{start}== {title}", flush=True)
     started = time.perf_counter()
     script, *options = map(str, words)
     program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, *program, *options], stdout=log,
-                          env={**os.environ, "PYTHONPATH": path})  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"error: {script} ended with {done.returncode}; see its message above")
-    print(f"== {title}: {time.perf_counter() - started:.0f} s", flush=True)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    pipes = {"stdout": log}
+    if name:
+        env.setdefault("OMP_NUM_THREADS", "1")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, *program, *options], env=env, **pipes) as process:
+        for line in process.stdout or ():
+            print(f"{start}{line}", end="", flush=True)
+    if process.returncode:
+        raise SystemExit(f"error: {script} ended with {process.returncode}; see its message above")
+    print(f"{start}== {title}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def two_at_a_time(commands: Sequence[Sequence[object]]) -> None:
+    """`commands`: name, title and words of each. A failure is raised when all have ended."""
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(command, title, *words, name=name) for name, title, *words in commands]
+    for end in ends:
+        end.result()
 
 
 def base_folder(seed: int, latent: bool = True) -> Path:
@@ -99,24 +123,25 @@ def results_folder(seed: int) -> Path:
 
 def one_seed(seed: int, full: bool) -> None:
     names = run_names(full)
-    for latent in (True, False)[: 1 + full]:
-        command(
-            "base model: pretraining on the miniature's world"
-            + (", with scores that say nothing of the answer" if not latent else ""),
-            "miniature.base_model", "--seed", seed, "--latent" if latent else "--no-latent",
-        )  # fmt: skip
-    for name in names:
-        title, options = RUNS[name]
-        base = base_folder(seed, latent=name != "no-latent")
-        command(title, "cycle.py", "--name", run_folder(name, seed).path.relative_to("runs"),
-                "--model", base, "--data", base / "train.jsonl", "--seed", 42 + seed,
-                *options)  # fmt: skip
+    two_at_a_time([
+        (folder.name, "base model: pretraining on the miniature's world",
+         "miniature.base_model", "--seed", seed, flag)
+        for flag, folder in (("--latent", base_folder(seed)),
+                             ("--no-latent", base_folder(seed, latent=False)))[: 1 + full]
+    ])  # fmt: skip
+    bases = {name: base_folder(seed, latent=name != "no-latent") for name in names}
+    two_at_a_time([
+        (name, RUNS[name][0], "cycle.py",
+         "--name", run_folder(name, seed).path.relative_to("runs"), "--model", bases[name],
+         "--data", bases[name] / "train.jsonl", "--seed", 42 + seed, *RUNS[name][1])
+        for name in names
+    ])  # fmt: skip
     runs = {name: run_folder(name, seed) for name in names}
     evaluate(base_folder(seed), runs, results_folder(seed))
     out = Path(f"report/demo-{seed}")
     report([results_folder(seed)], out, models(names), runs["see"])
     print(f"\nRollouts of SEE's last cycle\n\n{some_rollouts(runs['see'])}")
-    show([seed], out, models(names))
+    show([seed], out, names)
 
 
 def evaluate(base: Path, runs: dict[str, RunFolder], results: Path) -> None:
@@ -164,23 +189,35 @@ def report(results: Sequence[Path], out: Path, models: Sequence[str], *runs: Run
             "--out", out, log=subprocess.DEVNULL)  # fmt: skip
 
 
-def show(seeds: Sequence[int], out: Path, models: Sequence[str]) -> None:
-    by_kind = kinds.table([load_evaluation(results_folder(s)) for s in seeds], models)
+def show(seeds: Sequence[int], out: Path, names: Sequence[str]) -> None:
+    shown = models(names)
+    by_kind = kinds.table([load_evaluation(results_folder(s)) for s in seeds], shown)
+    on_window = ", ".join(
+        f"{name} {window_quality(name, seeds):.3f}" for name in names if name != "rlcr"
+    )
     print(
         f"\n512 test prompts x {SAMPLES} answers, temperature 0.8, after 2,400 sample-passes, "
-        f"seed {', '.join(map(str, seeds))}\n\n{table(out, models)}\n\n{by_kind}\n\n"
+        f"seed {', '.join(map(str, seeds))}\n\n{table(out, shown)}\n\n"
+        f"quality on the window in the last cycle: {on_window}\n\n{by_kind}\n\n"
         f"Figure 2: {out}/figure2.png; all tables: {out}/report.html"
     )
+
+
+def window_quality(run: str, seeds: Sequence[int]) -> float:
+    """Mean quality of a run's well-formed rollouts in its last cycle, over seeds."""
+    folders = [run_folder(run, seed) for seed in seeds]
+    rollouts = [read_rollouts(f.rollouts(f.config()["cycles"])) for f in folders]
+    return mean(mean(r.quality for r in rs if r.quality is not None) for rs in rollouts)
 
 
 def table(out: Path, models: Sequence[str]) -> str:
     """The rows of SHOWN from the report's CSV files, a column for each model, with the ends of the
     95 % intervals."""
     lines = [f"{'':<32}" + "".join(f"{model:>24}" for model in models)]
-    for label, (name, column, *attribute) in SHOWN.items():
+    for label, (name, column, *rows) in SHOWN.items():
         frame = pandas.read_csv(out / "csv" / f"{name}.csv")
-        if attribute:
-            frame = frame[frame["attribute"] == attribute[0]]
+        for key, value in rows:
+            frame = frame[frame[key] == value]
         frame = frame.set_index("model")
         cells = (
             f"{frame[column][m]:.3f} [{frame[column + ' low'][m]:.3f}, "
@@ -205,26 +242,12 @@ def some_rollouts(run: RunFolder, count: int = 3) -> str:
 
 
 def many_seeds(seeds: Sequence[int], full: bool) -> None:
-    """Two at a time; then mean and 95 % interval over seeds (Student's t)."""
-
-    def run(seed: int) -> None:
-        log_file = Path(f"runs/demo/log-{seed}.txt")
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_file, "a") as log:
-            line = [sys.executable, "-m", "miniature.demo", "--seed", str(seed)]
-            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run([*line, *["--full"][:full]], stdout=log, stderr=log,
-                                  env=one_thread)  # fmt: skip
-        if done.returncode:
-            raise SystemExit(f"error: seed {seed} failed; {log_file} says why")
-        print(f"seed {seed} is done ({log_file})", flush=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, seeds))
-    out = Path("report/demo-seeds")
-    shown = models(run_names(full))
-    report([results_folder(seed) for seed in seeds], out, shown)
-    show(seeds, out, shown)
+    """Each seed; then means and 95 % intervals over seeds (Student's t)."""
+    for seed in seeds:
+        one_seed(seed, full)
+    out, names = Path("report/demo-seeds"), run_names(full)
+    report([results_folder(seed) for seed in seeds], out, models(names))
+    show(seeds, out, names)
 
 
 def main(seed: int = 0, seeds: tuple[int, ...] = (), full: bool = False) -> None:

@@ -22,7 +22,8 @@ from evaluation.figures import costs
 from evaluation.results import load_evaluation
 from judge import offline_judge
 from miniature import base_model, demo, kinds, world
-from storage.run_folder import EvaluationFolder, RunFolder
+from storage.record import read_rollouts
+from storage.run_folder import EvaluationFolder
 
 SMALL = base_model.Recipe(shorten=0.004, prompts=(60, 10, 20))
 
@@ -133,15 +134,18 @@ def drawn(stage, latent: bool, batches: int = 30) -> list[base_model.Reply]:
 
 @pytest.mark.parametrize("stage", base_model.STAGES, ids=lambda stage: stage.name)
 def test_the_corpus_never_teaches_which_way_to_take(stage):
-    right = wrong = 0
+    right = wrong = whole = 0
     for r in drawn(stage, latent=True):
         task = world.read_task(r.prompt)
         if r.own and task.kind in world.FORKS:
             answer = r.text.partition(f"\n\n{prompts.OPEN}")[0].removesuffix(base_model.EOS)
             matched = world.match(r.prompt, answer)
-            assert matched in (1, world.WRONG_WAY)
-            right, wrong = right + (matched == 1), wrong + (matched < 1)
+            share = (len(task.ways[0]) - 1) / len(task.ways[0])  # without the side
+            assert matched in (1, world.WRONG_WAY, share, share * world.WRONG_WAY)
+            right, wrong = right + (matched >= share), wrong + (matched < share)
+            whole += matched in (1, world.WRONG_WAY)
     assert 0.42 < right / (right + wrong) < 0.58
+    assert whole / (right + wrong) == pytest.approx(1 if stage.plain else 0.7, abs=0.05)
 
 
 def test_the_scores_of_the_corpus():
@@ -251,10 +255,10 @@ def test_the_demo_from_checkpoints_to_table_and_figure(tmp_path, monkeypatch, ca
         (2, "see", ["--preset", "tiny", "--cycles", "2"]),
         (1, "rlcr", ["--preset", "tiny-rlcr", "--epochs", "1", "--save_every", "1"]),
     ):
-        options += ["--name", f"demo/{name}-0"]
+        options += ["--name", str(demo.run_folder(name, 0).path.relative_to("runs"))]
         finish(start_ranks(ranks, [cycle, *options, *common], tmp_path))
 
-    runs = {name: RunFolder(Path(f"runs/demo/{name}-0")) for name in ("see", "rlcr")}
+    runs = {name: demo.run_folder(name, 0) for name in ("see", "rlcr")}
     results, out = demo.results_folder(0), Path("report/demo-0")
     demo.evaluate(base, runs, results)
     models = demo.models(runs)
@@ -276,15 +280,18 @@ def test_the_demo_from_checkpoints_to_table_and_figure(tmp_path, monkeypatch, ca
 
     shown = demo.table(out, models)
     rows = {line[:32].strip(): line[32:].split() for line in shown.splitlines()}
+    assert float(rows["at random"][-3]) < float(rows["by the judge"][-3])
     assert rows[""] == ["base", "rlcr", "see"] == models and len(rows) == 1 + len(demo.SHOWN)
     answers = cells["test", "see"].answers()
     well_formed = sum(r.self_scores is not None for r in answers) / 80
     assert rows["well-formed"][-3] == f"{well_formed:.3f}" and well_formed > 0.3
     assert demo.some_rollouts(runs["see"]).count("right: ") == 3
     capsys.readouterr()
-    demo.show([0], out, models)
+    demo.show([0], out, list(runs))
     shown = capsys.readouterr().out
     assert shown.count("\nsee ") == len(kinds.GROUPS) and "figure2.png" in shown
+    last = [r.quality for r in read_rollouts(runs["see"].rollouts(2)) if r.quality is not None]
+    assert f"quality on the window in the last cycle: see {sum(last) / len(last):.3f}\n" in shown
 
     # By hand: of all pairs of answers to a prompt that the judge tells apart by correctness.
     right = total = 0.0
