@@ -193,7 +193,7 @@ _TINY = dict(
     sample_rows=128,
     sampling=SamplingParams(max_tokens=64),
     grpo=GRPOConfig(lr=1e-4),
-    sft=SFTConfig(lr=3e-4),
+    sft=SFTConfig(lr=2e-4),
     # Sharing a prefix does not pay for prompts of about 20 tokens.
     policy=PolicyConfig(
         "float32", shared_prefix=False, micro_batch_tokens=8192, gradient_checkpointing=False
