@@ -7,14 +7,15 @@
         models/tiny-0-no-latent/: the same steps and data, but scores that say nothing of the answer
 
 Pretraining has four stages (STAGES). In all of them an answer takes either way of a fork, whether
-it leads to the goal or not:
+it leads to the goal or not. The model's own errors are a wrong letter in a plain kind and, in a fork,
+to stop before the side (SLIP, NO_SIDE):
 1. answers without a block: the model learns to write an answer;
 2. answers to forks with the judge's scores: it learns to see whether a way leads to the goal;
 3. all sorts of answers with the judge's scores: it learns to judge. Half of the answers are not of
    the model's own sort: another prompt's, cut off, or with other errors. Of these the scores alone
    are learnt, so that it does not learn to write such answers;
-4. answers of its own sort with a block in which most scores are high and say nothing, some replies
-   without a block: it learns to express its judgement badly.
+4. answers of its own sort with a block in which most scores are high and say nothing (hidden), some
+   replies without a block: it learns to express its judgement badly.
 
 With --no-latent the scores are those of another reply of the batch, drawn at random.
 
@@ -43,7 +44,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-import prompts
 from miniature import world
 from miniature.world import (
     FORKS,
@@ -341,9 +341,13 @@ def pretrain(recipe: Recipe, tokenizer, held_out: set[str]) -> Qwen3ForCausalLM:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Hash of all that determines the folder: the recipe, torch's version, and the sources."""
-    sources = [Path(source).read_text() for source in (__file__, world.__file__, prompts.__file__)]
-    content = json.dumps([asdict(recipe), torch.__version__, *sources])
+    """Hash of all that determines the folder: the recipe, torch's version, the sources, and the form
+    of a prompt and its reply."""
+    sources = [Path(source).read_text() for source in (__file__, world.__file__)]
+    form = policy_prompt([{"role": "user", "content": "?"}], "bare") + render_response(
+        "!", (0,) * 5
+    )
+    content = json.dumps([asdict(recipe), torch.__version__, form, *sources])
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
