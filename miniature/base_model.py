@@ -7,8 +7,8 @@
         models/tiny-0-no-latent/: the same steps and data, but scores that say nothing of the answer
 
 Pretraining has four stages (STAGES). In all of them an answer takes either way of a fork, whether
-it leads to the goal or not. The model's own errors are a wrong letter in a plain kind and, in a fork,
-to stop before the side (SLIP, NO_SIDE):
+it leads to the goal or not. The model's own errors are a wrong letter in a plain kind and, in a
+fork, to stop before the side (SLIP, NO_SIDE):
 1. answers without a block: the model learns to write an answer;
 2. answers to forks with the judge's scores: it learns to see whether a way leads to the goal;
 3. all sorts of answers with the judge's scores: it learns to judge. Half of the answers are not of
@@ -341,8 +341,8 @@ def pretrain(recipe: Recipe, tokenizer, held_out: set[str]) -> Qwen3ForCausalLM:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Hash of all that determines the folder: the recipe, torch's version, the sources, and the form
-    of a prompt and its reply."""
+    """Hash of all that determines the folder: the recipe, torch's version, the sources, and the
+    form of a prompt and its reply."""
     sources = [Path(source).read_text() for source in (__file__, world.__file__)]
     form = policy_prompt([{"role": "user", "content": "?"}], "bare") + render_response(
         "!", (0,) * 5
