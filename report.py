@@ -95,7 +95,7 @@ def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
     drawn = draw(results, command.runs, out)
     shown = answers.shown(first, command.show)
     units = summary.units(every)
-    html = page.page(title, every[0].gamma, head, units, drawn, tables, results, shown)
+    html = page.page(title, head, units, drawn, tables, results, shown)
     write_text(out / "report.html", html)
     return text
 

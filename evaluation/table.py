@@ -26,7 +26,7 @@ Column = Callable[[list[Cell]], Figure]
 Values = tuple[Sequence[float], Sequence]  # one number per response, and its prompt's id
 # The paper's settings; its evaluation's decoding is not given, so training's (App. A).
 PAPER_SETTINGS = {
-    "template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0, "use_references": True,
+    "template": "paper", "few_shot": "paper-like", "limit": 0, "use_references": True,
     "drop_duplicates": False, "prompt_tokens": 4096, "temperature": 0.8, "top_p": 0.9, "top_k": 25,
     "max_tokens": 8192,
 }  # fmt: skip
@@ -50,7 +50,7 @@ def settings(cell: Cell) -> dict:
     """What the figures in one table must share."""
     names = ("judge", "template", "few_shot", "samples", "limit", "prompt_tokens", "dtype",
              "use_references", "drop_duplicates")  # fmt: skip
-    return {k: cell.config[k] for k in names} | {"gamma": cell.gamma} | cell.config["sampling"]
+    return {k: cell.config[k] for k in names} | cell.config["sampling"]
 
 
 class Results:

@@ -70,7 +70,15 @@ def window(states=(), **rows) -> Window:
         return [rollout(f"w{k}", (5,) * 5, (d,) * 5) for k, d in enumerate(judge)]
 
     first, last = rows.get("first", [4] * 12), rows.get("last", [5] * 12)
-    return Window(rollouts(first), rollouts(last), {}, dict(states), 2.0)
+    return Window(rollouts(first), rollouts(last), {}, dict(states))
+
+
+def test_the_metric_has_the_papers_exponent_whatever_the_reward_had():
+    """Error 3 of 9: (2 / 3)^2."""
+    e = evaluation("a", {("one", "base"): (pairs([5] * 12, [2] * 12), {"reward": {"gamma": 1.0}})})
+    cell = e.cells["one", "base"]
+    assert cell.calibration == pytest.approx([4 / 9] * 12)
+    assert cell.attribute_calibration[0] == pytest.approx([4 / 9] * 5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +259,7 @@ def test_the_windows_base_scores_are_of_prompt_and_answer():
     ]
     twins = [dataclasses.replace(r, response_ids=(7,)) for r in twins]
     base = {("a", answer_id(twins[0])): (2,) * 5, ("b", answer_id(twins[1])): (8,) * 5}
-    s, j = Window(twins, twins, base, {}, 2.0).fit
+    s, j = Window(twins, twins, base, {}).fit
     assert s[:, 0].tolist() == [2, 8] and j[:, 0].tolist() == [1, 9]
 
 
