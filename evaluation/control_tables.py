@@ -243,9 +243,10 @@ def discrimination(results: Results) -> Table:
 
 def choice_of_responses(results: Results) -> Table:
     """What the choice of responses makes of calibration."""
+    in_all = [m for m in results.models if m not in results.in_some()]
 
     def well_formed_for_all(c: Cell) -> Values:
-        common = set.intersection(*(set(c.of(m).keys) for m in results.models))
+        common = set.intersection(*(set(c.of(m).keys) for m in in_all))
         indices, _ = c.match(dict.fromkeys(common))
         return c.calibration[indices], c.prompts[indices]
 
@@ -277,7 +278,8 @@ def choice_of_responses(results: Results) -> Table:
     }
     return Table.of(
         "Calibration by choice of responses",
-        "Well-formed ones (the paper's); those that all models answered well-formed; malformed "
+        "Well-formed ones (the paper's); those that all models of every evaluation answered "
+        "well-formed; malformed "
         "ones counted as 0; all answers, with a block put after each and its digits read (most "
         "probable, not sampled). Answers read: for the forced block, which leaves out empty "
         "answers, and malformed ones that were not judged.",
