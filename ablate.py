@@ -294,7 +294,7 @@ def runs(command: Command, models: Sequence[str], seeds: Sequence[int]) -> str:
         minutes = [sum(m["seconds"]["wall"] for m in f.metrics()) / 60 for f in folders]
         own = "the method" if model == METHOD else f"{code_lines(known()[model])} lines"
         mean = sum(minutes) / len(minutes)
-        lines.append(f"{model:<24} {own:<10}  {len(folders)} seeds  {mean:.1f} minutes each")
+        lines.append(f"{model:<24}{own:<12}{len(folders)} seed(s), {mean:.1f} minutes each")
         for folder in folders:
             for path, digest in read_json(folder.env_file, list)[-1].get("sources", {}).items():
                 hashes.setdefault(path, set()).add(digest)

@@ -80,12 +80,12 @@ def allows(row: Difference) -> str:
     x = row.apart.figure
     if not isinstance(x, Interval) or x.low is None:
         same = isinstance(x, Interval) and x.mean == 0
-        return "the same figure in all seeds" if same else "nothing: there is no interval"
+        return f"{'no difference here' if same else 'nothing'}: there is no interval"
     if row.is_found:
         return f"difference found: {'higher' if x.mean > 0 else 'lower'} than the reference's"
     if x.low <= 0 <= x.high:
         return f"no difference found; below {x.low:+.3f} and above {x.high:+.3f} it is excluded"
-    return "no difference found among so many comparisons; alone it would be one"
+    return "no difference found after correction, though its own interval lacks 0"
 
 
 def table(results: Results, rows: list[Difference]) -> Table:
