@@ -39,14 +39,15 @@ from storage.hub import data_file
 from storage.lock import locked
 from storage.options import Count, Options
 from storage.progress import progress
+from storage.record import read_rollouts
 from storage.run_folder import EvaluationFolder, RunFolder
 
 ROOT = Path(__file__).parent
 METHOD, BASE, BENCHMARK = "see", "base", "test"
 SAMPLES = 4  # answers to each test prompt
 # What the models that are compared must have been trained with alike, because evaluate.py asks all
-# of them in one way.
-ALIKE = ("judge", "template", "few_shot", "prompt_tokens", "sampling", "use_references")
+# of them in one way; the prompts too.
+ALIKE = ("judge", "prompt_tokens", "sampling", "use_references")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def train(command: Command, variant: str, seed: int) -> None:
 
 def evaluate(command: Command, seed: int) -> None:
     """All of a seed's models that are trained, in one evaluate.py, so that all answer the same
-    prompts as the reference was trained to answer. Raises FailedError or ValueError."""
+    prompts, written as the reference's were. Raises FailedError or ValueError."""
     trained = [v for v in command.models if finished(command, v, seed)]
     if command.against not in trained:
         raise FailedError(f"there is no {command.against} to compare with")
@@ -206,9 +207,10 @@ def evaluate(command: Command, seed: int) -> None:
     models, other = [f"{BASE}={config['model']}"], []
     for variant in trained:
         run = command.run(variant, seed)
-        differ = [name for name in ALIKE if run.config()[name] != config[name]]
-        other += [f"{variant} was trained with another {differ[0]}"] if differ else []
-        models += [] if differ else [f"{variant}={run.checkpoints()[-1]}"]
+        if differ := unlike(run, command.run(command.against, seed)):
+            other.append(f"{variant} was trained with another {differ}")
+        else:
+            models.append(f"{variant}={run.checkpoints()[-1]}")
     words = [
         "--models", *models, "--benchmarks", f"{BENCHMARK}={test}", "--stages", "answers",
         "sensitivity", "--name", str(command.results(seed).path.relative_to("results")),
@@ -224,6 +226,18 @@ def evaluate(command: Command, seed: int) -> None:
     start([str(ROOT / "evaluate.py")], list(map(str, words)), log)
     if other:
         raise FailedError(f"{'; '.join(other)}, which evaluate.py has to be told by hand")
+
+
+def unlike(run: RunFolder, reference: RunFolder) -> str | None:
+    """What forbids to evaluate two runs in one way."""
+    for name in ALIKE:
+        if run.config()[name] != reference.config()[name]:
+            return name
+    theirs, ours = (
+        {r.prompt_id: r.prompt_ids for r in read_rollouts(x.rollouts(1))} for x in (reference, run)
+    )
+    both = theirs.keys() & ours.keys()
+    return "prompt template" if any(theirs[p] != ours[p] for p in both) else None
 
 
 def run(command: Command) -> tuple[list[int], list[str]]:

@@ -1,14 +1,18 @@
 """Variants beside the method: .venv/bin/python -m pytest tests/test_ablate.py"""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
-from conftest import REQUESTS, ROOT, small_args
+from conftest import REQUESTS, ROOT, make_rollout, small_args
 
 import ablate
+from storage.files import write_text
+from storage.record import append_rollout
+from storage.run_folder import RunFolder
 
 
 def test_two_variants_of_which_one_fails(tmp_path, parrot_folder, prompt_file, monkeypatch):
@@ -56,6 +60,25 @@ def test_two_variants_of_which_one_fails(tmp_path, parrot_folder, prompt_file, m
     listed = " ".join(ablate.listing().split())
     assert "keeps self-scores away from the judge's mean (Sec. 3.1). [run: 1 seed(s) in" in listed
     assert "human_labels Phase 2 distils human labels" in listed and "[not run]" in listed
+
+
+def test_what_cannot_be_evaluated_in_one_way(tmp_path, tokenizer):
+    """Another judge; a prompt that was written otherwise; not other prompts."""
+    config = dict.fromkeys(ablate.ALIKE, 1)
+
+    def run(name: str, prompt: str, written: str, **changes) -> RunFolder:
+        folder = RunFolder(tmp_path / name)
+        folder.rollouts(1).parent.mkdir(parents=True)
+        write_text(folder.config_file, json.dumps(config | changes))
+        r = make_rollout(tokenizer, prompt=written)
+        append_rollout(folder.rollouts(1), dataclasses.replace(r, prompt_id=prompt))
+        return folder
+
+    see = run("see", "a", "Say it.")
+    assert ablate.unlike(run("same", "a", "Say it."), see) is None
+    assert ablate.unlike(run("others", "b", "Say that."), see) is None
+    assert ablate.unlike(run("rationale", "a", "Say it, and why."), see) == "prompt template"
+    assert ablate.unlike(run("judged", "a", "Say it.", judge=2), see) == "judge"
 
 
 @pytest.mark.parametrize(
