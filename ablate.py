@@ -191,9 +191,10 @@ def train(command: Command, variant: str, seed: int) -> None:
     start(program, command.words(variant, seed), log)
 
 
-def evaluate(command: Command, seed: int) -> None:
+def evaluate(command: Command, seed: int) -> list[str]:
     """All of a seed's models that are trained, in one evaluate.py, so that all answer the same
-    prompts, written as the reference's were. Raises FailedError or ValueError."""
+    prompts, written as the reference's were. Returns the models that had to be left out, in words.
+    Raises FailedError or ValueError."""
     trained = [v for v in command.models if finished(command, v, seed)]
     if command.against not in trained:
         raise FailedError(f"there is no {command.against} to compare with")
@@ -208,7 +209,7 @@ def evaluate(command: Command, seed: int) -> None:
     for variant in trained:
         run = command.run(variant, seed)
         if differ := unlike(run, command.run(command.against, seed)):
-            other.append(f"{variant} was trained with another {differ}")
+            other.append(f"{variant} was trained with another {differ}; evaluate it by hand")
         else:
             models.append(f"{variant}={run.checkpoints()[-1]}")
     words = [
@@ -224,8 +225,7 @@ def evaluate(command: Command, seed: int) -> None:
     words += shlex.split(command.evaluation)
     log = command.out / "logs" / f"evaluation-{seed}.txt"
     start([str(ROOT / "evaluate.py")], list(map(str, words)), log)
-    if other:
-        raise FailedError(f"{'; '.join(other)}, which evaluate.py has to be told by hand")
+    return other
 
 
 def unlike(run: RunFolder, reference: RunFolder) -> str | None:
@@ -246,15 +246,16 @@ def run(command: Command) -> tuple[list[int], list[str]]:
     pool = ThreadPoolExecutor(command.jobs)
 
     def attempt(title: str, bar, job: Callable, *words: object) -> bool:
-        started, end = time.perf_counter(), ""
+        started, done = time.perf_counter(), True
         try:
-            job(command, *words)
+            failed.extend(f"{title}: {problem}" for problem in job(command, *words) or ())
         except (FailedError, ValueError, OSError) as error:
             failed.append(f"{title}: {error}")
-            end = ", failed"
-        bar.write(f"{title}: {time.perf_counter() - started:.0f} s{end}")
+            done = False
+        seconds = f"{time.perf_counter() - started:.0f} s"
+        bar.write(f"{title}: {seconds}{'' if done else ', failed'}")
         bar.update()
-        return not end
+        return done
 
     def of_seed(title: str, bar, seed: int, trainings: list[Future]) -> bool:
         for training in trainings:  # which have all been started before
@@ -287,35 +288,20 @@ def compare(command: Command, seeds: Sequence[int]) -> str:
     """Tables and plot of these seeds, as text. Raises ValueError."""
     evaluations = [load_evaluation(command.results(s).path) for s in seeds]
     there = {model for e in evaluations for _, model in e.cells}
-    models = [m for m in command.models if m in there]
+    trained = {m: [command.run(m, s) for s in seeds if finished(command, m, s)]
+               for m in command.models if m in there}  # fmt: skip
+    models = [m for m, folders in trained.items() if folders]
     results = Results(evaluations, (BASE, *models), command.against)
     rows = variants.differences(results, models[1:])
+    lines = {m: None if m == METHOD else code_lines(known()[m]) for m in models}
     tables = [variants.table(results, rows), variants.levels(results)]
+    tables.append(variants.runs({m: trained[m] for m in models}, lines))
     variants.draw(results, rows, command.out / "forest")
-    text = "\n\n\n".join(table.text() for table in tables)
     for table in tables:
         write_text(command.out / f"{table.file_name}.csv", table.csv())
-    text += f"\n\n\nRuns\n\n{runs(command, models, seeds)}\n"
+    text = "\n\n\n".join(table.text() for table in tables) + "\n"
     write_text(command.out / "tables.txt", text)
     return text
-
-
-def runs(command: Command, models: Sequence[str], seeds: Sequence[int]) -> str:
-    """Of each model its lines of code and its training's minutes; sources that differ."""
-    lines, hashes = [], {}
-    for model in models:
-        folders = [command.run(model, s) for s in seeds if finished(command, model, s)]
-        minutes = [sum(m["seconds"]["wall"] for m in f.metrics()) / 60 for f in folders]
-        own = "the method" if model == METHOD else f"{code_lines(known()[model])} lines"
-        mean = sum(minutes) / len(minutes)
-        lines.append(f"{model:<24}{own:<12}{len(folders)} seed(s), {mean:.1f} minutes each")
-        for folder in folders:
-            for path, digest in read_json(folder.env_file, list)[-1].get("sources", {}).items():
-                hashes.setdefault(path, set()).add(digest)
-    changed = sorted(path for path, digests in hashes.items() if len(digests) > 1)
-    if changed:
-        lines.append(f"Not all runs were made with the same {', '.join(changed)}.")
-    return "\n".join(lines)
 
 
 def code_lines(path: Path) -> int:

@@ -5,9 +5,12 @@ A difference is paired by prompt within each seed, on the prompts that both mode
 response counts the same. intervals.py says what its interval is over.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from evaluation import figures, intervals
 from evaluation.comparison_tables import Found, found, paired
@@ -17,6 +20,8 @@ from evaluation.paper_tables import calibration, quality, well_formed
 from evaluation.results import Cell
 from evaluation.table import Results, Table, Values, mean, measure
 from evaluation.use_tables import change
+from storage.files import read_json
+from storage.run_folder import RunFolder
 
 LEVEL = 0.05
 
@@ -119,6 +124,22 @@ def levels(results: Results) -> Table:
         ],
         higher=columns,
     )
+
+
+def runs(trained: Mapping[str, Sequence[RunFolder]], lines: Mapping[str, int | None]) -> Table:
+    """What training took; says which sources differ between the runs. lines: of a variant's file,
+    None for the method."""
+    rows, hashes = [], defaultdict(set)  # hashes: of each source file
+    for model, folders in trained.items():
+        minutes = [sum(m["seconds"]["wall"] for m in f.metrics()) / 60 for f in folders]
+        rows.append({"model": model, "lines of code": lines[model], "seeds": len(folders),
+                     "minutes each": float(np.mean(minutes))})  # fmt: skip
+        for folder in folders:
+            for path, digest in read_json(folder.env_file, list)[-1].get("sources", {}).items():
+                hashes[path].add(digest)
+    changed = ", ".join(sorted(path for path, digests in hashes.items() if len(digests) > 1))
+    note = f"Not all were made with the same {changed}." if changed else "All by the same sources."
+    return Table.of("The runs", note, rows)
 
 
 def draw(results: Results, rows: list[Difference], path: Path) -> None:
