@@ -247,7 +247,7 @@ def answer_prompts(
         collector.wait_for_judge(sampled)
     by_sample = {(r.prompt_id, r.sample): r for r in answers()}
     rows = [(r.prompt_id, r.self_scores, r.judge_scores) for _, r in sorted(by_sample.items())]
-    table = summarise(rows, cell.reward.gamma)
+    table = summarise(rows)
     if rank == 0:
         shown = sum(bool(p.references) for p in prompts) if cell.use_references else 0
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}

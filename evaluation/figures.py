@@ -223,6 +223,36 @@ def training(runs: Sequence[Path], path: Path, results: Results | None = None) -
 
 
 # --------------------------------------------------------------------------------------------------
+# Differences
+
+
+def forest(
+    panels: Mapping[str, Mapping[str, tuple[Interval, bool]]], title: str, path: Path
+) -> None:
+    """Differences with their intervals, a panel for each figure and a line for each variant; filled
+    where a difference was found. Written as `path`.png and .svg."""
+    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    fig, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained", sharey=True,
+                             figsize=(2 + 2.6 * len(panels), 1.4 + 0.3 * len(labels)))  # fmt: skip
+    for (name, panel), axis in zip(panels.items(), axes[0], strict=True):
+        axis.axvline(0, color="gray", linewidth=0.8)
+        for label, (x, found) in panel.items():
+            if x.mean is not None:
+                fill = colour(0) if found else "white"
+                axis.errorbar(x.mean, labels.index(label), xerr=_error_bars([x]), capsize=2,
+                              marker="o", markersize=5, markerfacecolor=fill,
+                              color=colour(0))  # fmt: skip
+        axis.set(xlabel=name, yticks=range(len(labels)), yticklabels=labels)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0][0].set_ylim(len(labels) - 0.5, -0.5)  # the first on top
+    fig.suptitle(title)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        for suffix in (".png", ".svg"):
+            fig.savefig(path.with_name(path.name + suffix), dpi=130)
+    plt.close(fig)
+
+
+# --------------------------------------------------------------------------------------------------
 # Parts of figures
 
 

@@ -29,7 +29,6 @@ MODELS = ("model", "answers by")  # headers of the columns whose rows are compar
 
 def page(
     title: str,
-    gamma: float,
     summary: Entries,
     units: str,
     figures: Sequence[Drawn],
@@ -46,7 +45,6 @@ def page(
     )
     return environment.get_template("page.html").render(
         title=title,
-        gamma=f"{gamma:g}",
         summary=summary,
         figures=figures,
         tables=views(tables, results),

@@ -22,21 +22,18 @@ def copied(c: Cell) -> Values:
     return controls.copied(c.s.tolist(), [x.scores for x in examples]), c.prompts
 
 
+def change(c: Cell, kind: str) -> Values:
+    """Of the correctness score, when the answer is exchanged ("another") or cut off ("cut")."""
+    lines = [x for x in c.sensitivity if x["as_it_is"] and x[kind]]
+    k = ATTRIBUTES.index("correctness")
+    return [x[kind][k] - x["as_it_is"][k] for x in lines], [x["prompt_id"] for x in lines]
+
+
 def sensitivity(results: Results) -> Table:
     """What another answer, or half of one, does to the scores."""
-    correctness = ATTRIBUTES.index("correctness")
-
-    def change(kind: str) -> Column:
-        def values(c: Cell) -> Values:
-            lines = [x for x in c.sensitivity if x["as_it_is"] and x[kind]]
-            changes = [x[kind][correctness] - x["as_it_is"][correctness] for x in lines]
-            return changes, [x["prompt_id"] for x in lines]
-
-        return mean(values)
-
     columns = {
-        "another prompt's answer": change("another"),
-        "half of the answer": change("cut"),
+        "another prompt's answer": mean(lambda c: change(c, "another")),
+        "half of the answer": mean(lambda c: change(c, "cut")),
         "copied": share(copied),
     }
     return Table.of(

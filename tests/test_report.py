@@ -341,7 +341,10 @@ def test_seeds_are_the_unit_where_there_are_several(made):
     first = mean(calibration(s, j) for s, j in SEE)
     assert see["calibration"] == f"{(first + 1) / 2:.3f} [-]"  # two prompts
     made.cell("z", "one", "base", BASE)
-    with pytest.raises(ValueError, match="other models or benchmarks|window's rollouts"):
+    found = tables(made.root / "x", made.root / "z")  # without digits, and without SEE
+    assert "in 1 of 2 only" in str(found)
+    made.cell("z", "two", "base", BASE)
+    with pytest.raises(ValueError, match="hold other benchmarks: two"):
         tables(made.root / "x", made.root / "z")
     known = made.root / "y" / "one" / "base" / "config.json"
     config = json.loads(known.read_text())
