@@ -56,7 +56,7 @@ def figures(cell: Cell, kinds: Sequence[str]) -> dict[str, float | None]:
     values = (
         len(s) / asked.sum(),
         predictors.qualities(j).mean(),
-        predictors.calibrations(s, j, cell.gamma).mean(),
+        predictors.calibrations(s, j).mean(),
         pairs(s[:, CORRECTNESS], j[:, CORRECTNESS], prompts),
         pairs(expected, cell.j[where, CORRECTNESS], cell.prompts[where]),
     )
