@@ -11,6 +11,7 @@ from typing import get_type_hints
 import pytest
 from conftest import REQUESTS, make_tokenizer, small_args
 
+import ablate
 import cycle
 import plan
 import prompts
@@ -162,6 +163,7 @@ OUT_OF_RANGE = [
     (ClientConfig, "max_cost", -1.0, "--client.max_cost must be in [0, inf), not -1.0"),
     (judgements.Command, "limit", -3, "--limit must be in [0, inf), not -3"),
     (report.Command, "show", -1, "--show must be in [0, inf), not -1"),
+    (ablate.Command, "jobs", 0, "--jobs must be in [1, inf), not 0"),
     (Endpoint, "temperature", -1.0, "--endpoint.temperature must be in [0, inf), not -1.0"),
 ]
 
@@ -182,6 +184,8 @@ NO_RANGE = {
     judgements.Command: {"sources", "judge", "against", "human", "data", "use_references",
                          "export"},
     report.Command: {"results", "beside", "runs", "out", "models", "against"},
+    ablate.Command: {"show", "variants", "seeds", "against", "preset", "options", "test",
+                     "evaluation", "name"},
     GRPOConfig: {"loss_mean"},
     SFTConfig: set(),
     RewardConfig: set(),
