@@ -98,7 +98,7 @@ def costs_of_models(results: Results) -> dict[str, dict[str, Costs]]:
 
 def figure_2(results: Results, path: Path) -> Drawn | None:
     """Quality and calibration over sample-passes (the paper's Figure 2) and over three other costs;
-    one line per run, from the base on."""
+    one line per run, from the base on if that is what it was trained from."""
     runs = costs_of_models(results)
     if max(map(len, runs.values()), default=0) < 2:
         return None
@@ -110,15 +110,29 @@ def figure_2(results: Results, path: Path) -> Drawn | None:
     fig, axes = plt.subplots(len(rows), 4, sharey="row", layout="constrained",
                              figsize=(14, 3 * len(rows)))  # fmt: skip
     looks = looks_of_runs(results, runs)
+    # A run is called as its last model is in the tables, if it is there.
+    names = {run: next((m for m in by_model if m in results.models), run)
+             for run, by_model in runs.items()}  # fmt: skip
     for (benchmark, name, column), row in zip(rows, axes, strict=True):
         for run, by_model in runs.items():
-            by_model = {results.base: Costs(0, 0, 0, 0)} | by_model
+            if starts_at_base(results, next(iter(by_model))):
+                by_model = {results.base: Costs(0, 0, 0, 0)} | by_model
             points = [column(results.cells(benchmark, model)) for model in by_model]
             for k, axis in enumerate(row):
-                _line(axis, [cost[k] for cost in by_model.values()], points, run, looks[run])
+                _line(axis, [cost[k] for cost in by_model.values()], points, names[run], looks[run])
                 axis.set(xlabel=COSTS[k], ylabel=f"{name}, {benchmark}")
     title = "Figure 2: quality and calibration over sample-passes and other costs"
-    return _save(fig, path, title, looks)
+    return _save(fig, path, title, {names[run]: look for run, look in looks.items()})
+
+
+def starts_at_base(results: Results, model: str) -> bool:
+    """Whether the run of this checkpoint was trained from the base that stands in the tables."""
+    base, checkpoint = (
+        Path(results.cells(results.benchmarks[0], m)[0].config["model"])
+        for m in (results.base, model)
+    )
+    trained_from = RunFolder(checkpoint.parent.parent).config()["model"]
+    return Path(trained_from).resolve() == base.resolve()
 
 
 def looks_of_runs(results: Results | None, runs: Iterable[str]) -> dict[str, int]:

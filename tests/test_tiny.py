@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import itertools
+import json
 import random
 import re
 from contextlib import closing
@@ -18,10 +19,12 @@ from backend.model_folder import load_tokenizer
 from backend.policy import load_model
 from backend.sampler import SamplingParams, make_sampler
 from config import CellConfig
-from evaluation.figures import costs
+from evaluation.figures import costs, starts_at_base
 from evaluation.results import load_evaluation
+from evaluation.table import Results
 from judge import offline_judge
 from miniature import base_model, demo, kinds, world
+from storage.files import read_json, write_text
 from storage.record import read_rollouts
 from storage.run_folder import EvaluationFolder
 
@@ -306,6 +309,12 @@ def test_the_demo_from_checkpoints_to_table_and_figure(tmp_path, monkeypatch, ca
     assert of_all["well-formed"] == pytest.approx(well_formed)
     parts = [kinds.figures(evaluation.cells["test", "see"], (k,)) for k in ("copy", "path")]
     assert parts[0] != parts[1] and of_all["expected pairs"] is None
+
+    drawn_from = Results([evaluation], models)
+    assert starts_at_base(drawn_from, "see")
+    config = read_json(runs["see"].config_file)
+    write_text(runs["see"].config_file, json.dumps(config | {"model": "models/another"}))
+    assert not starts_at_base(drawn_from, "see") and starts_at_base(drawn_from, "rlcr")
 
     digits = evaluation.cells["test", "base"].digits["base"]
     [r, *_] = [r for r in cells["test", "base"].answers() if r.score_positions]
