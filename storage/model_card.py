@@ -204,8 +204,8 @@ stop after `[/SELF_EVAL]`, {sampling}:
 
 {_indented(card.prompt)}
 
-Several turns are `User: ...` and `Assistant: ...`, joined by a blank line. Another prompt gives
-malformed blocks, or scores that mean nothing.
+The prompt ends with a line break. Several turns are `User: ...` and `Assistant: ...`, joined by a
+blank line. Another prompt gives malformed blocks, or scores that mean nothing.
 
 ## Training
 
