@@ -21,7 +21,6 @@ benchmark, is done once: other models or benchmarks under the same name add cell
 """
 
 import dataclasses
-import hashlib
 import json
 import random
 import sys
@@ -31,7 +30,7 @@ from pathlib import Path
 import tyro
 
 from backend import parallel
-from backend.model_folder import check_model_folder, check_weights
+from backend.model_folder import check_model_folder, check_weights, weights_id
 from backend.policy import PolicyConfig, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from config import EVALUATION_MAY_CHANGE, RENAMED, CellConfig, EvaluationConfig
@@ -184,12 +183,6 @@ def obstacles(config: EvaluationConfig, cell: CellConfig) -> list[str]:
 
 # --------------------------------------------------------------------------------------------------
 # Answers
-
-
-def weights_id(folder: Path) -> str:
-    """Changes when the weight files change, so that answers of other weights are not reused."""
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors")]
-    return hashlib.blake2b(repr(sorted(stats)).encode(), digest_size=8).hexdigest()
 
 
 def hand_over(sampler, cell: CellConfig, inputs: Inputs) -> None:

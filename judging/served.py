@@ -126,7 +126,8 @@ def read_completion(body: str, prompt: Sequence[int]) -> Completion:
     """Raises ValueError, KeyError, IndexError, TypeError or AttributeError for a body that is no
     completion."""
     choice = json.loads(body)["choices"][0]
-    text, finish = choice["text"], choice["finish_reason"]
+    finish = choice["finish_reason"]
+    text = choice["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if finish not in ("stop", "length"):
         raise ValueError(f"finish reason {finish}")
     # vLLM says which text it stopped at, and none at the end of the sequence.
@@ -169,5 +170,7 @@ def digit_probabilities(text: str, logprobs: dict | None) -> list[list[float]] |
         if space.strip(" ") or digit != joined[at] or tokens[k] not in (top[k] or {}):
             return None
         p = [math.exp(top[k].get(f"{space}{d}", -math.inf)) for d in range(10)]
-        found.append([x / sum(p) for x in p])
+        if not (total := sum(p)):
+            return None
+        found.append([x / total for x in p])
     return found

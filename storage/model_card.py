@@ -27,6 +27,7 @@ from storage.program import commit
 
 FILE, README = "self_eval.json", "README.md"
 WINDOW_PROMPTS = 200  # of the window, whose surprise is kept
+UNLIKE = 1.0  # ModelCard.unlike of a prompt more surprising than all of these
 _PLACEHOLDER = "{REQUEST}"
 
 
