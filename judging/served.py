@@ -156,7 +156,7 @@ def digit_probabilities(text: str, logprobs: dict | None) -> list[list[float]] |
     # The tokens' texts may differ from the text in what is not ASCII, so count from the block on.
     joined = "".join(tokens)
     begin = joined.rfind(OPEN)
-    block = joined[begin:].partition(CLOSE)[0] + CLOSE
+    block = joined[begin:].partition("}")[0] + "}" + CLOSE
     offsets = digit_offsets("." + block) if begin >= 0 else None
     if offsets is None or len(top) != len(tokens):
         return None

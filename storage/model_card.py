@@ -110,7 +110,9 @@ def read_card(folder: str | Path) -> ModelCard | None:
     known = {f.name for f in fields(ModelCard)}
     if missing := sorted(known - row.keys()):
         raise FileError(f"{path}: has no {', '.join(missing)}; {remedy}")
-    card = ModelCard(**{name: row[name] for name in known})
+    values = {name: row[name] for name in known}
+    values |= {k: tuple(values[k]) for k in ("best_constant", "scale") if isinstance(row[k], list)}
+    card = ModelCard(**values)
     surprise = card.surprise if isinstance(card.surprise, list) else [None]
     numbers = all(type(x) in (int, float) for x in surprise)
     valid = {
@@ -127,7 +129,7 @@ def read_card(folder: str | Path) -> ModelCard | None:
     }
     if wrong := [name for name, is_valid in valid.items() if not is_valid]:
         raise FileError(f"{path}: {', '.join(wrong)} cannot be used; {remedy}")
-    if (card.attributes, list(card.scale)) != (list(ATTRIBUTES), [0, 9]):
+    if (card.attributes, card.scale) != (list(ATTRIBUTES), (0, 9)):
         raise FileError(
             f"{path}: the model scores {', '.join(map(str, card.attributes))} from "
             f"{'-'.join(map(str, card.scale))}, and this program {', '.join(ATTRIBUTES)} from 0-9; "
