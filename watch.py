@@ -111,7 +111,8 @@ def run(command: Command, words: Sequence[str] = ("watch.py",)) -> Watched:
                 f"{command.log}: {len(cell.valid)} of its answers are judged; give --judgements of "
                 "them, or have some judged with --share"
             )
-        found = drift.alarms(reference, cell, command.false_alarms, command.seed)
+        before, after = drift.watched(reference), drift.watched(cell)
+        found = drift.alarms(before, after, command.false_alarms, command.seed)
         decisions = [log.predictions[k].decision for k in judgements]
         lines = told(command, reference, cell, log, found)
         if threshold:
@@ -221,12 +222,11 @@ def write_page(
     words: Sequence[str],
 ) -> None:
     """watch.html, with the figures as PNG files too. Raises WriteError."""
-    then, now = drift.first_of_each(reference), drift.first_of_each(cell)
-    charts, usual = {}, {}
-    for name in drift.WATCHED:
-        before, after = getattr(reference, name)[then], getattr(cell, name)[now]
-        charts[name] = drift.batches(after, command.batch)
-        usual[name] = float(before.mean()), float(before.std(ddof=1))
+    charts = {name: drift.batches(x, command.batch) for name, x in drift.watched(cell).items()}
+    usual = {
+        name: (float(x.mean()), float(x.std(ddof=1)))
+        for name, x in drift.watched(reference).items()
+    }
     out, values = command.out, {name: a.values for name, a in found.items()}
     drawn = [
         use_figures.control_chart(charts, usual, command.batch, out / "control.png"),

@@ -38,7 +38,6 @@ from storage.files import FileError, read_lines
 from storage.record import Rollout
 
 LOG = "log"  # stands for the benchmark
-WATCHED = ("calibration", "quality")
 
 # --------------------------------------------------------------------------------------------------
 # The log and its judgements
@@ -196,15 +195,21 @@ class Alarm(NamedTuple):
     after: float  # mean in the log
 
 
-def alarms(reference: Cell, log: Cell, false_alarms: float, seed: int) -> dict[str, Alarm]:
+Watched = dict[str, np.ndarray]  # figure -> (n,) of independent answers, in their order
+
+
+def watched(cell: Cell) -> Watched:
+    first = first_of_each(cell)
+    return {"calibration": cell.calibration[first], "quality": cell.quality[first]}
+
+
+def alarms(reference: Watched, log: Watched, false_alarms: float, seed: int) -> dict[str, Alarm]:
     """By watched figure. false_alarms: probability that any is ever raised without drift."""
-    then, now = first_of_each(reference), first_of_each(log)
     found = {}
-    for name in WATCHED:
-        a, b = getattr(reference, name)[then], getattr(log, name)[now]
-        values = evidence(a, b, seed)
-        at = first_alarm(values, false_alarms / len(WATCHED))
-        found[name] = Alarm(values, at, float(a.mean()), float(b.mean()))
+    for name, before in reference.items():
+        values = evidence(before, log[name], seed)
+        at = first_alarm(values, false_alarms / len(reference))
+        found[name] = Alarm(values, at, float(before.mean()), float(log[name].mean()))
     return found
 
 
@@ -233,13 +238,13 @@ def by_attribute(reference: Cell, log: Cell, seed: int) -> Table:
             row[f"self - judge, {where}"] = over_prompts(bias, cell.prompts)
             row[f"judge, {where}"] = over_prompts(cell.j[:, a], cell.prompts)
         before, after = (reference.s - reference.j)[then, a], (log.s - log.j)[now, a]
-        row["evidence"] = float(evidence(before, after, seed).max())
+        row["evidence"] = float(np.log10(evidence(before, after, seed).max()))
         rows.append(row)
     return Table.of(
         "By attribute",
         "Mean absolute error, the model's score minus the judge's, and the judge's score, in "
-        "points of 0-9. Evidence: the largest value of the test martingale of self - judge, which "
-        "tells where to look and raises no alarm.",
+        "points of 0-9. Evidence: decimal logarithm of the largest value of the test martingale of "
+        "self - judge, which tells where to look and raises no alarm.",
         rows,
     )
 

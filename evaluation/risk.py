@@ -23,7 +23,7 @@ settings, and about the same judge.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from mapie.risk_control import control_fwer
@@ -56,13 +56,13 @@ def losses(
 
 def p_values(conf: np.ndarray, loss: np.ndarray, most: float, binary: bool) -> np.ndarray:
     """(101,) p-values of "the mean loss of what is sent is above `most`", one for each threshold of
-    GRID; 1 where nothing is sent. conf, loss: (N,) of independent answers; given how many are sent,
-    the losses of these are independent draws too."""
-    sent = conf >= GRID[:, None]
+    GRID; 1 where nothing is sent. conf, loss: (N,) of independent answers, nan where malformed;
+    given how many are sent, the losses of these are independent draws too."""
+    sent = conf >= GRID[:, None]  # False for nan
     n = sent.sum(1)
     p = np.ones(len(GRID))
     some = n > 0
-    risk = (sent * loss).sum(1)[some] / n[some]
+    risk = np.where(sent, loss, 0.0).sum(1)[some] / n[some]
     p[some] = compute_hoeffding_bentkus_p_value(risk, n[some], most, binary=binary)[:, 0]
     return np.minimum(p, 1.0)
 
@@ -78,7 +78,7 @@ def choose(
     seed: int = 42,
 ) -> Threshold | None:
     """The lowest threshold whose risk is kept, None where none can be promised. One confidence,
-    judged quality and prompt id for each well-formed answer."""
+    judged quality and prompt id for each answer; nan for a malformed one, which is never sent."""
     conf, quality = np.asarray(confidences, float), np.asarray(quality, float)
     loss, most = losses(quality, target, measure, bad_below)
     rng = np.random.default_rng(seed)
@@ -102,13 +102,29 @@ def choose(
 # From an evaluation
 
 
-def confidences(cell: Cell) -> tuple[np.ndarray, Kind]:
-    """(N,) the quality of the expected scores, where the model's digits were read, else of the
-    sampled ones."""
+class Answers(NamedTuple):
+    """All answers of an evaluation but those that the judge refused: M well-formed or not."""
+
+    confidence: np.ndarray  # (M,) nan where malformed
+    quality: np.ndarray  # (M,) judged; nan where malformed
+    prompts: np.ndarray  # (M,) ids
+    scores: Kind  # of which the confidence is the quality
+
+
+def answers(cell: Cell) -> Answers:
+    """The confidence is the quality of the expected scores, where the model's digits were read, else
+    of the sampled ones."""
     indices, logp = cell.log_probabilities("own")
     conf = cell.own_quality.copy()
     conf[indices] = qualities(expected_scores(logp))
-    return conf, "expected" if indices else "sampled"
+    malformed = [r.prompt_id for r in cell.rollouts if r.self_scores is None]
+    none = np.full(len(malformed), np.nan)
+    return Answers(
+        np.concatenate([conf, none]),
+        np.concatenate([cell.quality, none]),
+        np.concatenate([cell.prompts, np.array(malformed, object)]),
+        "expected" if indices else "sampled",
+    )
 
 
 @dataclass(frozen=True)
@@ -121,18 +137,17 @@ class Point:
     bad: Interval
 
 
-def curve(cell: Cell, conf: np.ndarray, bad_below: float) -> list[Point]:
+def curve(given: Answers, bad_below: float) -> list[Point]:
     """What each threshold of GRID sends, as far as it sends anything else than the one before."""
     points, before = [], -1
-    answers = len(cell.valid) + sum(r.self_scores is None for r in cell.rollouts)
     for threshold in GRID:
-        sent = conf >= threshold
+        sent = given.confidence >= threshold
         if sent.sum() not in (0, before):
-            quality, prompts = cell.quality[sent], cell.prompts[sent]
+            quality, prompts = given.quality[sent], given.prompts[sent]
             points.append(
                 Point(
                     float(threshold),
-                    float(sent.sum() / answers),
+                    float(sent.mean()),
                     over_prompts(quality, prompts),
                     over_prompts(quality < bad_below, prompts, proportion=True),
                 )
@@ -168,11 +183,11 @@ def calibrate(results: Path, wish: Wish, out: Path) -> str:
     cell = load_one_cell(results)
     if not cell.valid:
         raise ValueError(f"{results}: no answer was judged there; finish evaluate.py first")
-    conf, scores = confidences(cell)
-    points = curve(cell, conf, wish.bad_below)
+    given = answers(cell)
+    points = curve(given, wish.bad_below)
     threshold = choose(
-        conf, cell.quality, cell.prompts, wish.target, wish.measure, wish.delta, wish.bad_below,
-        wish.seed,
+        given.confidence, given.quality, given.prompts, wish.target, wish.measure, wish.delta,
+        wish.bad_below, wish.seed,
     )  # fmt: skip
     value = threshold and threshold.value
     chosen = [p for p in points if value is not None and p.threshold <= value]
@@ -183,16 +198,16 @@ def calibrate(results: Path, wish: Wish, out: Path) -> str:
         raise ValueError(
             f"{results}: no threshold can promise "
             f"{wished(wish.measure, wish.target, wish.bad_below)} at {1 - wish.delta:.0%} on these "
-            f"{len(set(cell.prompts)):,} prompts; {picture} shows what there is; wish for less, or "
+            f"{len(set(given.prompts)):,} prompts; {picture} shows what there is; wish for less, or "
             "evaluate on more prompts"
         )
     point, file = chosen[-1], out / "threshold.json"
-    replace(threshold, coverage=point.coverage, scores=scores, source=str(results)).save(file)
+    replace(threshold, scores=given.scores, source=str(results)).save(file)
     refused = sum(r.refused is not None for r in cell.rollouts)
     return "\n".join(
         [
             f"{file}: send answers of confidence {value:.2f} or more",
-            f"confidence   quality of the {scores} scores",
+            f"confidence   quality of the {given.scores} scores",
             f"promised     {threshold.promise()}, for prompts like these {threshold.n:,}",
             f"sent here    {point.coverage:.1%} of all answers",
             f"             mean quality {point.quality.text()}",
