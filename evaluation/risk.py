@@ -112,8 +112,8 @@ class Answers(NamedTuple):
 
 
 def answers(cell: Cell) -> Answers:
-    """The confidence is the quality of the expected scores, where the model's digits were read, else
-    of the sampled ones."""
+    """The confidence is the quality of the expected scores where the model's digits were read, else
+    that of the sampled ones."""
     indices, logp = cell.log_probabilities("own")
     conf = cell.own_quality.copy()
     conf[indices] = qualities(expected_scores(logp))
@@ -198,8 +198,8 @@ def calibrate(results: Path, wish: Wish, out: Path) -> str:
         raise ValueError(
             f"{results}: no threshold can promise "
             f"{wished(wish.measure, wish.target, wish.bad_below)} at {1 - wish.delta:.0%} on these "
-            f"{len(set(given.prompts)):,} prompts; {picture} shows what there is; wish for less, or "
-            "evaluate on more prompts"
+            f"{len(set(given.prompts)):,} prompts; {picture} shows what there is; wish for less, "
+            "or evaluate on more prompts"
         )
     point, file = chosen[-1], out / "threshold.json"
     replace(threshold, scores=given.scores, source=str(results)).save(file)
