@@ -173,14 +173,11 @@ def test_which_prompts_moved(folder, tmp_path):
     reference = load_one_cell(folder)
     table = drift.moved(reference, drift.judged_cell(log, scores, reference, "log"))
     rows = table.frame.to_dict("records")
-    assert [r["prompt"] for r in rows] == ["n1", "n2", "n0"] or [r["prompt"] for r in rows] == [
-        "n1", "n0", "n2"
-    ]  # fmt: skip
+    assert rows[0]["prompt"] == "n1"
     by = {r["prompt"]: r for r in rows}
     then = reference.calibration[list(reference.prompts).index("old-5")]
-    assert (
-        by["n0"]["same prompt, evaluation"] == then and by["n1"]["same prompt, evaluation"] is None
-    )
+    assert by["n0"]["same prompt, evaluation"] == then
+    assert by["n1"]["same prompt, evaluation"] is None
     assert by["n0"]["change"] == pytest.approx(1 - then)
     low = (1 - 27 / 5 / 9) ** 2  # errors 7, 7, 7, 3, 3
     assert by["n1"]["change"] == pytest.approx(low - reference.calibration.mean())
