@@ -15,7 +15,7 @@ files, so that no rank ever holds the whole model.
 Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -31,7 +31,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from backend import packing, parallel
 from backend.model_folder import weight_files, write_settings
-from backend.packing import Batch, attention_arguments
+from backend.packing import Batch, Row, attention_arguments
+from prompts import conversation_span
 from storage.files import fresh_folder
 from storage.options import Count, Options
 
@@ -260,9 +261,35 @@ def _read_weights(model: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"model {folder}: its files lack {', '.join(sorted(shards))}")
 
 
-def export(policy: Policy, source: Path, folder: Path) -> None:
+@torch.no_grad()
+def prompt_surprise(
+    policy: Policy, prompts: Sequence[Sequence[int]], empty: Sequence[int], config: PolicyConfig
+) -> list[float]:
+    """Of each prompt minus the mean log-probability, at temperature 1, of its conversation's tokens
+    (prompts.conversation_span), in nats; prompts without such tokens are left out. The same list on
+    every rank. Collective."""
+    rows = []
+    for ids in prompts:
+        start, end = conversation_span(ids, empty)
+        if start < end:
+            rows.append(Row(ids[:end], [start <= k for k in range(end)]))
+    if not rows:
+        return []
+    work = packing.share_out(rows, [0] * len(rows), config.micro_batch_tokens, config.shared_prefix)
+    found: list[tuple[int, float]] = []
+    for batch in work.batches:
+        means = policy(batch).logp_t1.sum(1) / batch.scored.sum(1)
+        found += zip(batch.index, (-means).tolist(), strict=False)  # a filler has no index
+    policy.reshard()  # after a forward, a trainable policy's root waits for a backward
+    return [nats for _, nats in sorted(parallel.gather(found))]
+
+
+def export(
+    policy: Policy, source: Path, folder: Path, texts: Mapping[str, str] | None = None
+) -> None:
     """Write a standard Hugging Face folder in bf16, which from_pretrained and vLLM can load;
-    `source` is the folder that the model came from. Collective. Raises WriteError."""
+    `source` is the folder that the model came from, `texts` are further files by name. Collective.
+    Raises WriteError."""
     weights = {}
     for name, tensor in policy.full_weights(torch.bfloat16):
         if parallel.rank() == 0:
@@ -275,5 +302,7 @@ def export(policy: Policy, source: Path, folder: Path) -> None:
             except SafetensorError as error:
                 raise OSError(str(error)) from None
             write_settings(source, temporary, type(policy.model).__name__)
+            for name, text in (texts or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
 
     parallel.write_on_rank_0(folder, write)

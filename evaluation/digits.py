@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from backend import parallel
 from backend.model_folder import load_tokenizer
 from backend.policy import load_model
-from prompts import Scores, digit_ids, render_response, score_positions
+from prompts import Scores, conversation_span, digit_ids, render_response, score_positions
 from storage.record import Rollout
 
 # Of a batch, padding included: the keys and values of a 4B model's 32,768 tokens are 4.8 GB, and
@@ -49,6 +49,14 @@ class Question(NamedTuple):
     judge: Scores | None = None  # the judge's digits
 
 
+class Written(NamedTuple):
+    """A well-formed response with its prompt, as token ids."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    score_positions: Sequence[int]  # indices into response_ids
+
+
 class Block(NamedTuple):
     """An answer's prompt and self-evaluation block as tokens, without the digits."""
 
@@ -60,14 +68,16 @@ class Block(NamedTuple):
 class Reader:
     """A full, unsharded model on this rank's device."""
 
-    def __init__(self, folder: Path, dtype: str):
-        self.model = load_model(folder, getattr(torch, dtype)).to(parallel.device()).eval()
+    def __init__(self, folder: Path, dtype: str, model: PreTrainedModel | None = None):
+        """`model`: the folder's, if it is loaded already."""
+        model = model or load_model(folder, getattr(torch, dtype))
+        self.model = model.to(parallel.device()).eval()
         # fp32, because logits rounded to bf16 can tie, and a tie would go to the smaller digit.
         self.head = self.model.lm_head.weight.float()  # (V, D)
         self.tokenizer = load_tokenizer(folder)
 
     @torch.inference_mode()
-    def own(self, rollouts: Sequence[Rollout]) -> list[list[list[float]]]:
+    def own(self, rollouts: Sequence[Rollout | Written]) -> list[list[list[float]]]:
         """Log-probabilities (B, 5, 10) after the sampled digits, for well-formed rollouts with
         score positions."""
         log_probs: dict[int, list[list[float]]] = {}  # index of the rollout -> (5, 10)
@@ -83,6 +93,28 @@ class Reader:
                 digits = [digit_ids(r.response_ids[p], self.tokenizer) for p in r.score_positions]
                 log_probs[i] = self._digits(hidden[b, before], digits)
         return [log_probs[i] for i in range(len(rollouts))]
+
+    @torch.inference_mode()
+    def surprise(
+        self, prompts: Sequence[Sequence[int]], empty: Sequence[int]
+    ) -> list[float | None]:
+        """policy.prompt_surprise of each prompt; None without a conversation's token."""
+        found: dict[int, float | None] = {}
+        spans = [conversation_span(ids, empty) for ids in prompts]
+        for rows in _batches([len(ids) for ids in prompts]):
+            width = max(len(prompts[i]) for i in rows)
+            padded = self._tensor([[*prompts[i], *[0] * (width - len(prompts[i]))] for i in rows])
+            # Causal attention: no real token attends to the padding after it.
+            hidden = self.model.model(input_ids=padded, use_cache=False).last_hidden_state
+            for b, i in enumerate(rows):
+                start, end = spans[i]
+                if start == end:
+                    found[i] = None
+                    continue
+                logp = F.linear(hidden[b, start - 1 : end - 1].float(), self.head).log_softmax(-1)
+                targets = self._tensor(prompts[i][start:end])[:, None]
+                found[i] = -logp.gather(1, targets).mean().item()
+        return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
     def states(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -13,6 +13,7 @@ from conftest import REQUESTS, make_tokenizer, small_args
 
 import cycle
 import plan
+import predict
 import prompts
 import report
 import watch
@@ -188,6 +189,8 @@ NO_RANGE = {
                        "primary", "drop_duplicates", "dtype", "dry_run"},
     judgements.Command: {"sources", "judge", "against", "human", "data", "use_references",
                          "export"},
+    predict.Command: {"threshold", "url", "served_name", "key_variable", "template", "few_shot",
+                      "sampler", "dtype", "model", "prompt", "data", "out", "screen"},
     report.Command: {"results", "beside", "runs", "out", "models", "against"},
     watch.Command: {"log", "reference", "judgements", "out", "threshold", "judge"},
     Wish: {"measure"},
