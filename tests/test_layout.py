@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # The root, in reading order, and the folders, each of which may import those after it.
 METHOD = """cycle rollout reward grpo buffer sft_masked prompts judge
-evaluate report predict plan config self_check""".split()
+evaluate report predict watch plan config self_check""".split()
 FOLDERS = ["evaluation", "backend", "miniature", "judging", "storage"]
 MODULES = {
     str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
@@ -25,7 +25,7 @@ FROM_ROOT = {
     "storage": {"prompts", "reward"},
     "miniature": {"prompts", "reward", "config"},
 }
-COMMANDS = {"cycle", "evaluate", "report", "predict"}
+COMMANDS = {"cycle", "evaluate", "report", "predict", "watch"}
 ONLY_IN = {
     "torch.distributed": "backend.parallel",
     "vllm": "backend.sampler",
@@ -132,6 +132,7 @@ PLACES = {
     "evaluate": ("--sampling.top-k", "--reward.gamma", "Table 5", "seconds", "tokens"),
     "predict": ("--data", "--threshold", "--url", "--engine.gpu-memory", "tokens"),
     "report": ("--beside", "--runs", "Sec. 4", "results"),
+    "watch": ("--false-alarms", "--client.max-cost", "results", "US dollars", "seconds"),
     "evaluation.judgements": (
         "--repeat", "--client.max-cost", "Sec. 4.1", "US dollars", "seconds", "tokens",
     ),
