@@ -6,11 +6,11 @@ Starts vLLM's OpenAI-compatible server on the folder, has predict.py's Predictor
 there, and then:
 
     distributions    of the served answers, against a plain forward in this process
-    surprise         of the prompts, against the same
+    surprisal         of the prompts, against the same
     answers          of the same seeds, against an engine in this process: vLLM is not reproducible
                      to the bit, so that single answers differ
 
-Exit status 1 if the distributions or the surprise are further apart than rounding explains.
+Exit status 1 if the distributions or the surprisal are further apart than rounding explains.
 """
 
 import os
@@ -118,7 +118,7 @@ def main() -> None:
 
     local = Predictor(o.model, sampler="vllm", **common)
     here, reader = local._loaded().draw(requests), local._loaded().reader
-    nats = np.abs([a.surprise - b.surprise for a, b in zip(there, here, strict=True)])
+    nats = np.abs([a.surprisal - b.surprisal for a, b in zip(there, here, strict=True)])
     written = []  # with the server's distributions
     for request, drawn in zip(requests, there, strict=True):
         ids = remote.tokenizer.encode(drawn.text, add_special_tokens=False)
@@ -131,7 +131,7 @@ def main() -> None:
     for place, drawn in (("served", there), ("in process", here)):
         known = [d.rank for d in drawn if d.rank >= 0]
         print(f"    {place}: {len(known)} well-formed, expected quality {np.mean(known):.4f}")
-    print(f"surprise: {nats.mean():.4f} nats a token apart in the mean, {nats.max():.4f} at most")
+    print(f"surprisal: {nats.mean():.4f} nats a token apart in the mean, {nats.max():.4f} at most")
     print(
         f"distributions of {len(written)} served answers: expected scores {points.mean():.4f} "
         f"points apart in the mean, {points.max():.4f} at most"
