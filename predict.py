@@ -242,9 +242,8 @@ class Predictor:
             none = dict.fromkeys(f.name for f in dataclasses.fields(Prediction))
             decision = None if self.threshold is None else "escalate"
             return Prediction(**none | self._about(prompt) | {"decision": decision, "sample": 0})
-        k = max(
-            range(len(drawn)), key=lambda k: drawn[k].confidence(self.scores)
-        )  # the first of equals
+        confidences = [one.confidence(self.scores) for one in drawn]
+        k = confidences.index(max(confidences))  # the first of equals
         best, decision = drawn[k], None
         if self.threshold is not None:
             sent = "send" if len(drawn) == 1 else "retry"
