@@ -6,7 +6,7 @@ with it.
     cat prompts.jsonl | python predict.py runs/see > predictions.jsonl
     python predict.py DIR --url http://127.0.0.1:8000/v1 --data prompts.jsonl --out predicted/may
     python predict.py DIR --data prompts.jsonl --threshold 0.8 --out predicted/may --screen
-    python predict.py --calibrate results/paper --target 0.7
+    python predict.py --calibrate results/paper/helpsteer2/see --wish.target 0.1
 
 As a library:
 
@@ -33,7 +33,6 @@ is refused. Not in the paper, which only names such uses (Sec. 5):
 import dataclasses
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,12 +47,13 @@ from backend.model_folder import check_model_folder, check_weights, load_tokeniz
 from backend.sampler import EngineConfig, Request, SamplingParams, choose_sampler, seed_of
 from config import checkpoints
 from evaluation.responses import Drawn, InProcess, Served
+from evaluation.threshold import Kind, Threshold, Wish
 from judging.endpoint import ClientConfig
 from judging.served import ServedError, ServedModel
 from prompts import Turn, check_tokenizer, prompt_ids
 from storage import hub, model_card
 from storage.data import Prompt, as_prompt, load_prompts
-from storage.files import WriteError, read_json, write_text
+from storage.files import WriteError, write_text
 from storage.lock import locked
 from storage.logbook import check_same_config
 from storage.options import Count, Options, in_range
@@ -125,6 +125,7 @@ class Settings:
     prompt_tokens: int
     sampling: SamplingParams
     threshold: float | None
+    scores: Kind | None  # that the threshold is about; None for a number
     samples: int
     below: int
     seed: int
@@ -145,7 +146,7 @@ class Predictor:
         self.folder = hub.model_folder(self.name)
         self.card = model_card.read_card(self.folder)
         self.config, self.params = _settings(config, self.folder, self.card)
-        self.threshold = read_threshold(self.config.threshold)
+        self.threshold, self.scores = read_threshold(self.config.threshold)
         if self.config.url:
             ServedModel(self.config.url, self.config.key_variable, ClientConfig())
             sampler = "transformers"
@@ -178,6 +179,7 @@ class Predictor:
             prompt_tokens=c.prompt_tokens,
             sampling=self.params,
             threshold=self.threshold,
+            scores=self.scores,
             samples=c.samples,
             below=c.below,
             seed=c.seed,
@@ -221,7 +223,10 @@ class Predictor:
 
     def _accepts(self, drawn: Sequence[Drawn]) -> bool:
         """Whether there is nothing to gain from further answers."""
-        return drawn[0].rank >= self.threshold or self._is_unlike(drawn)
+        return self._sends(drawn[0]) or self._is_unlike(drawn)
+
+    def _sends(self, one: Drawn) -> bool:
+        return one.confidence(self.scores) >= self.threshold
 
     def _unlike(self, drawn: Sequence[Drawn]) -> float | None:
         if not drawn or drawn[0].surprisal is None or self.card is None:
@@ -237,11 +242,12 @@ class Predictor:
             none = dict.fromkeys(f.name for f in dataclasses.fields(Prediction))
             decision = None if self.threshold is None else "escalate"
             return Prediction(**none | self._about(prompt) | {"decision": decision, "sample": 0})
-        k = max(range(len(drawn)), key=lambda k: drawn[k].rank)  # the first of equals
+        confidences = [one.confidence(self.scores) for one in drawn]
+        k = confidences.index(max(confidences))  # the first of equals
         best, decision = drawn[k], None
         if self.threshold is not None:
             sent = "send" if len(drawn) == 1 else "retry"
-            accepted = best.rank >= self.threshold and not self._is_unlike(drawn)
+            accepted = self._sends(best) and not self._is_unlike(drawn)
             decision = sent if accepted else "escalate"
         return Prediction(
             **self._about(prompt),
@@ -296,10 +302,11 @@ def _identity(folder: Path, card) -> str:
     return hashlib.blake2b(json.dumps(said).encode(), digest_size=4).hexdigest()
 
 
-def read_threshold(value: str | float) -> float | None:
-    """The number, or that of a file which --calibrate wrote; None for "". Raises ValueError."""
+def read_threshold(value: str | float) -> tuple[float | None, Kind | None]:
+    """(threshold, the scores that it is about) of a number, of a file that --calibrate wrote, or of
+    "". Raises ValueError."""
     if value == "":
-        return None
+        return None, None
     try:
         number = float(value)
     except ValueError:
@@ -308,10 +315,11 @@ def read_threshold(value: str | float) -> float | None:
                 f"--threshold {value}: neither a number nor a file; give a quality of 0-1, or the "
                 "file that --calibrate wrote"
             ) from None
-        number = read_json(Path(value)).get("value")
-    if type(number) not in (int, float) or not (math.isfinite(number) and 0 <= number <= 1):
+        found = Threshold.load(Path(value))
+        return found.value, found.scores
+    if not 0 <= number <= 1:
         raise ValueError(f"--threshold {value}: must give a quality in [0, 1], not {number}")
-    return float(number)
+    return number, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,6 +342,10 @@ class Command(PredictorConfig):
     screen: bool = False
     """Write the answers worth keeping as training data, those that are sent, to kept.jsonl in --out
     and the others with the reason to dropped.jsonl."""
+    calibrate: str = ""
+    """An evaluation, results/NAME/BENCHMARK/MODEL: choose the threshold that keeps the wished risk,
+    and write threshold.json and coverage_risk.png to --out, or here (docs/monitoring.md)."""
+    wish: Wish = field(default_factory=Wish)
 
 
 def main() -> None:
@@ -348,6 +360,10 @@ def main() -> None:
 
 def run(command: Command) -> None:
     """Raises ValueError, ServedError or WriteError."""
+    if command.calibrate:
+        from evaluation.risk import calibrate  # it draws, which no prediction needs
+
+        return print(calibrate(Path(command.calibrate), command.wish, Path(command.out or ".")))
     if not command.model:
         raise ValueError("give a model folder: predict.py FOLDER PROMPT, or --data FILE")
     if command.screen and not (command.out and command.threshold != ""):

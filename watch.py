@@ -40,6 +40,7 @@ from judge import make_judge
 from judging.client import JudgeError
 from judging.endpoint import ClientConfig, Endpoint
 from prompts import Scores
+from storage.data import Prompt
 from storage.files import WriteError, append_line, write_text
 from storage.lock import locked
 from storage.options import Count, CountOrZero, Options, in_range
@@ -113,7 +114,7 @@ def run(command: Command, words: Sequence[str] = ("watch.py",)) -> Watched:
             )
         before, after = drift.watched(reference), drift.watched(cell)
         found = drift.alarms(before, after, command.false_alarms, command.seed)
-        decisions = [log.predictions[k].decision for k in judgements]
+        decisions = [log[k].decision or "none" for k in judgements]
         lines = told(command, reference, cell, log, found)
         if threshold:
             lines.append(kept(threshold, cell, decisions))
@@ -144,19 +145,20 @@ def judge_share(
     ValueError or JudgeError; paid replies are then in judge_cache.jsonl."""
     wanted = [
         p
-        for p in log.predictions.values()
-        if p.scores is not None and p.id not in judged
+        for p in log.values()
+        if p.scores and p.answer and p.id not in judged
         and chosen(p.id, command.share, command.seed)
     ]  # fmt: skip
     if not wanted:
         return {}
     command = as_before(command, config)
     judge = make_judge(command, command.out / "judge_cache.jsonl")
-    asked = [Answer(p.prompt, (), p.answer, p.scores, None) for p in wanted]
+    asked = [Answer(Prompt(p.id, p.conversation), (), p.answer, p.scores, None) for p in wanted]
     draws = judge_again(judge, asked, [1] * len(asked))
     found = {p.id: scores for p, [scores] in zip(wanted, draws, strict=True) if scores}
     for k, scores in found.items():
-        append_line(path, {"id": k, "scores": scores, "judge": judge.name})
+        key = drift.answer_key(log[k].answer)
+        append_line(path, {"id": k, "answer_key": key, "scores": scores, "judge": judge.name})
     return found
 
 
@@ -184,13 +186,11 @@ def told(
             f"{len(found) / level:.3g} would be an alarm"
         )
     lines.append(f"without drift there is an alarm with probability {level:g} at most, in all")
-    malformed = sum(p.scores is None for p in log.predictions.values())
+    malformed = sum(p.scores is None for p in log.values())
     lines.append(
-        f"{len(log.predictions):,} predictions, {malformed:,} of them malformed; "
+        f"{len(log):,} predictions, {malformed:,} of them malformed; "
         f"{len(cell.valid):,} judged, of {len(set(cell.prompts)):,} prompts"
     )
-    if log.repeated:
-        lines.append(f"{log.repeated:,} lines with an id that was there before are left out")
     if reference.summary.get("with_references"):
         lines.append(
             "the evaluation's judge saw reference responses, which a log does not have: part of a "

@@ -16,8 +16,8 @@ p-values and martingale are MAPIE's.
    before them. Ties are broken by seed.
 """
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +33,9 @@ from judge import messages, parse_scores
 from judging.ledger import OK, question_key, read_attempts
 from judging.replies import unfenced
 from prompts import ATTRIBUTES, JUDGE_SYSTEM, Scores, judge_user, transcript, valid_scores
-from storage.data import KINDS, Prompt
+from storage.data import Prompt
 from storage.files import FileError, read_lines
+from storage.predictions import Prediction, read_predictions
 from storage.record import Rollout
 
 LOG = "log"  # stands for the benchmark
@@ -43,65 +44,36 @@ LOG = "log"  # stands for the benchmark
 # The log and its judgements
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A line of predict.py."""
-
-    id: str
-    prompt: Prompt
-    text: str
-    answer: str | None  # None if malformed
-    scores: Scores | None
-    decision: str
-
-
-class Log(NamedTuple):
-    predictions: dict[str, Prediction]  # by id, in the order of the file
-    repeated: int  # further lines with an id, which are left out
+Log = dict[str, Prediction]  # by id, in the order of the file
 
 
 def read_log(path: Path) -> Log:
-    """The lines of a log of predict.py. A last line that is being written is left out. Raises
-    FileError, DataError."""
-    found: dict[str, Prediction] = {}
-    repeated = 0
-    if not path.is_file():
-        raise FileError(f"{path}: no such file; give the file that predict.py writes")
-    for number, _, row in read_lines(path, what="a prediction"):
-        where = f"{path}:{number}"
-        prompt = KINDS["plain"](where, row)
-        scores, answer = row.get("scores"), row.get("answer")
-        right = scores is None or (isinstance(scores, list) and valid_scores(scores))
-        if not right or (scores is not None and not isinstance(answer, str)):
-            raise FileError(
-                f"{where}: a prediction has an answer and five scores 0-9, or scores null; give "
-                "the file that predict.py writes, or delete this line"
-            )
-        if prompt.id in found:
-            repeated += 1
-            continue
-        found[prompt.id] = Prediction(
-            prompt.id, prompt, str(row.get("text", answer)), None if scores is None else answer,
-            None if scores is None else tuple(scores), str(row.get("decision") or "none"),
-        )  # fmt: skip
-    if not found:
-        raise FileError(f"{path}: no prediction there yet; run predict.py first")
-    return Log(found, repeated)
+    """The lines of a file of predict.py; of several with one id the last, and not a last line that
+    is being written. Raises FileError."""
+    if not (found := read_predictions(path)):
+        raise FileError(f"{path}: no prediction there yet; give the file that predict.py writes")
+    return {p.id: p for p in found}
+
+
+def answer_key(answer: str) -> str:
+    """Tells answers to one prompt apart."""
+    return hashlib.blake2b(answer.encode(), digest_size=6).hexdigest()
 
 
 def read_judgements(path: Path, log: Log) -> dict[str, Scores]:
-    """Scores by id, in the order of the file: lines with `id` and `scores`, or a judge_cache.jsonl
-    or file of judgements --export. What is about no well-formed prediction of the log is left
-    out; of several judgements the first counts. Raises FileError."""
+    """Scores by id, in the order of the file: lines with `id` and `scores` (and `answer_key`, if
+    they are watch.py's), or a judge_cache.jsonl or file of judgements --export. What is about no
+    well-formed answer of the log is left out; of several judgements the first counts. Raises
+    FileError."""
     if not path.is_file():
         raise FileError(f"{path}: no such file; give judgements of the log's answers")
-    known = {k: p for k, p in log.predictions.items() if p.scores is not None}
+    known = {k: p for k, p in log.items() if p.scores and p.answer}
     first = next((row for _, _, row in read_lines(path)), {})
     found: dict[str, Scores] = {}
     if "scores" not in first:
         questions: dict[str, list[str]] = {}
         for k, p in known.items():
-            asked = messages(JUDGE_SYSTEM, judge_user(p.prompt.conversation, p.answer))
+            asked = messages(JUDGE_SYSTEM, judge_user(p.conversation, p.answer))
             questions.setdefault(question_key(asked), []).append(k)
         for t in read_attempts(path):
             if "request" in t and (t["outcome"], t["form"], t["draw"]) == (OK, "scores", 0):
@@ -115,8 +87,9 @@ def read_judgements(path: Path, log: Log) -> dict[str, Scores]:
                 f"{path}:{number}: a judgement has an id and five scores 0-9; mend or delete this "
                 "line"
             )
-        if str(row["id"]) in known:
-            found.setdefault(str(row["id"]), tuple(scores))
+        p = known.get(str(row["id"]))
+        if p and row.get("answer_key", answer_key(p.answer)) == answer_key(p.answer):
+            found.setdefault(p.id, tuple(scores))
     return found
 
 
@@ -124,15 +97,15 @@ def judged_cell(log: Log, judgements: dict[str, Scores], reference: Cell, name: 
     """The log as a cell: judged answers first, in the order of their judgements, then malformed
     ones. Answers to the same conversation are samples of one prompt. Answers that nobody judged are
     left out."""
-    malformed = [k for k, p in log.predictions.items() if p.scores is None]
+    malformed = [k for k, p in log.items() if p.scores is None]
     of_text: dict[str, list[str]] = {}
     prompts: dict[str, Prompt] = {}
     rollouts = []
     for k in [*judgements, *malformed]:
-        p, scores = log.predictions[k], judgements.get(k)
-        same = of_text.setdefault(transcript(p.prompt.conversation), [])
+        p, scores = log[k], judgements.get(k)
+        same = of_text.setdefault(transcript(p.conversation), [])
         same.append(k)
-        prompts.setdefault(same[0], p.prompt)
+        prompts.setdefault(same[0], Prompt(same[0], p.conversation))
         rollouts.append(
             Rollout(
                 cycle=0,

@@ -14,6 +14,7 @@ from backend import parallel
 from backend.sampler import Request, SamplingParams, make_sampler, seed_of
 from evaluation.controls import DIGITS, digit_probabilities
 from evaluation.digits import Reader, Written
+from evaluation.threshold import Kind
 from judging.client import Background
 from judging.endpoint import ClientConfig
 from judging.served import CompletionClient, ServedModel
@@ -51,11 +52,16 @@ class Drawn(NamedTuple):
             "p_below": p_below,
         }
 
-    @property
-    def rank(self) -> float:
-        """The expected quality; -1 for a malformed response, below every other."""
-        quality = self.figures(0)["expected_quality"]
-        return -1.0 if quality is None else quality
+    def confidence(self, scores: Kind | None = None) -> float:
+        """The quality that decides: of the expected scores or of the sampled ones (threshold.json
+        says which); None: the prediction's expected quality. -1, the lowest, where there is
+        none."""
+        figures = self.figures(0)
+        quality = figures["expected_quality"]
+        if scores == "sampled" and quality is not None:
+            quality = reward.quality(figures["scores"])
+        without = quality is None or (scores == "expected" and self.digits is None)
+        return -1.0 if without else quality
 
 
 class InProcess:

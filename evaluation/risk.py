@@ -23,7 +23,7 @@ settings, and about the same judge.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from mapie.risk_control import control_fwer
@@ -34,8 +34,7 @@ from evaluation.controls import expected_scores
 from evaluation.intervals import Interval, over_prompts
 from evaluation.predictors import groups, qualities
 from evaluation.results import Cell, load_one_cell
-from evaluation.threshold import Kind, Measure, Threshold, wished
-from storage.options import Options, in_range
+from evaluation.threshold import Kind, Measure, Threshold, Wish, wished
 
 GRID = np.arange(101) / 100  # fixed beforehand, as the tests ask
 LEARN = 0.25  # of the prompts, for the order
@@ -105,18 +104,21 @@ def choose(
 class Answers(NamedTuple):
     """All answers of an evaluation but those that the judge refused: M well-formed or not."""
 
-    confidence: np.ndarray  # (M,) nan where malformed
+    confidence: np.ndarray  # (M,) nan where there is none: malformed
     quality: np.ndarray  # (M,) judged; nan where malformed
     prompts: np.ndarray  # (M,) ids
     scores: Kind  # of which the confidence is the quality
 
 
 def answers(cell: Cell) -> Answers:
-    """The confidence is the quality of the expected scores where the model's digits were read, else
-    that of the sampled ones."""
+    """The confidence is the quality of the expected scores if the model's digits were read: an
+    answer whose digits could not be read has none then, and is not sent (nor by predict.py). Else
+    it is that of the sampled scores."""
     indices, logp = cell.log_probabilities("own")
-    conf = cell.own_quality.copy()
-    conf[indices] = qualities(expected_scores(logp))
+    conf = cell.own_quality
+    if indices:
+        conf = np.full(len(cell.valid), np.nan)
+        conf[indices] = qualities(expected_scores(logp))
     malformed = [r.prompt_id for r in cell.rollouts if r.self_scores is None]
     none = np.full(len(malformed), np.nan)
     return Answers(
@@ -154,26 +156,6 @@ def curve(given: Answers, bad_below: float) -> list[Point]:
             )
         before = sent.sum()
     return points
-
-
-@dataclass(frozen=True)
-class Wish(Options):
-    """The risk that is wished for."""
-
-    prefix: ClassVar[str] = "wish."
-
-    target: in_range(float, "(0, 1)") = 0.1
-    """The largest share of bad answers among those that are sent; with measure quality, the least
-    mean judged quality of these (0-1)."""
-    measure: Measure = "bad"
-    """What the target is about: the share of bad answers, or the mean quality."""
-    bad_below: in_range(float, "(0, 1]") = 0.5
-    """Answers whose judged quality (0-1) is below this are bad."""
-    delta: in_range(float, "(0, 1)") = 0.05
-    """Probability, over the evaluation's prompts, that the target is missed."""
-    seed: in_range(int, "[0, 4294967000]") = 42
-    """Seed of the draws: one answer of each prompt, and the prompts on which the order of the tests
-    is learned."""
 
 
 def calibrate(results: Path, wish: Wish, out: Path) -> str:

@@ -1,16 +1,36 @@
-"""threshold.json: from which confidence on an answer is sent, and what that promises (risk.py
-chooses it)."""
+"""The risk that is wished for, and threshold.json: from which confidence on an answer is sent, and
+what that promises. risk.py chooses it, predict.py decides by it."""
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-import reward
 from storage.files import FileError, read_json, write_text
+from storage.options import Options, in_range
 
 Measure = Literal["quality", "bad"]
 Kind = Literal["expected", "sampled"]
+
+
+@dataclass(frozen=True)
+class Wish(Options):
+    """The risk that is wished for."""
+
+    prefix: ClassVar[str] = "wish."
+
+    target: in_range(float, "(0, 1)") = 0.1
+    """The largest share of bad answers among those that are sent; with measure quality, the least
+    mean judged quality of these (0-1)."""
+    measure: Measure = "bad"
+    """What the target is about: the share of bad answers, or the mean quality."""
+    bad_below: in_range(float, "(0, 1]") = 0.5
+    """Answers whose judged quality (0-1) is below this are bad."""
+    delta: in_range(float, "(0, 1)") = 0.05
+    """Probability, over the evaluation's prompts, that the target is missed."""
+    seed: in_range(int, "[0, 4294967000]") = 42
+    """Seed of the draws: one answer of each prompt, and the prompts on which the order of the tests
+    is learned."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +77,3 @@ def wished(measure: Measure, target: float, bad_below: float) -> str:
     if measure == "quality":
         return f"mean quality of at least {target:g}"
     return f"at most {target:.1%} with quality below {bad_below:g}"
-
-
-def confidence(record: dict, scores: Kind = "expected") -> float | None:
-    """Of a line of predict.py: the quality that the model expects of its answer; None if malformed.
-    scores: "expected", of the digits' distributions (of the sampled digits where there are none),
-    or "sampled"."""
-    if record["scores"] is None:
-        return None
-    return reward.quality(record["scores"]) if scores == "sampled" else record["expected_quality"]

@@ -22,7 +22,7 @@ from backend.policy import PolicyConfig
 from backend.sampler import EngineConfig, SamplingParams
 from config import PRESETS, Config, EvaluationConfig, parse
 from evaluation import judgements
-from evaluation.risk import Wish
+from evaluation.threshold import Wish
 from grpo import GRPOConfig
 from judging.endpoint import ClientConfig, Endpoint
 from plan import check_options, describe, prepare, resolve, step_batches

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import predict
 import prompts
 from backend.policy import PolicyConfig, load_model, load_policy, prompt_surprisal
 from config import PRESETS
+from evaluation import risk
 from evaluation.responses import Drawn
+from evaluation.threshold import Threshold, Wish
 from judging.heuristic import HeuristicJudge
 from judging.served import ServedError
 from predict import Command, Predictor
@@ -72,7 +75,36 @@ def test_figures_by_hand():
     assert sampled["expected_quality"] == pytest.approx(22 / 27, abs=1e-6)
     assert sampled["digits"] is sampled["p_below"] is sampled["expected"] is None
     assert MALFORMED.figures(4) == dict.fromkeys(sampled) | {"text": "Fine."}
-    assert MALFORMED.rank == -1 < well_formed(0, 0, 0, 0, 0).rank == 0
+    assert MALFORMED.confidence() == -1 < well_formed(0, 0, 0, 0, 0).confidence() == 0
+
+
+def test_which_scores_a_threshold_is_about(export, tmp_path):
+    """Sampled quality 22 / 27, expected 17.5 / 27, and a server without distributions."""
+    digits = one_hot(0, 4, 9, 1, 0)
+    digits[0] = [0.5, *[0.0] * 8, 0.5]
+    text = well_formed(9, 4, 9, 1, 0).text
+    full, plain = Drawn(text, digits, None), Drawn(text, None, None)
+    quality = {None: 17.5 / 27, "expected": 17.5 / 27, "sampled": 22 / 27}
+    for scores, expected in quality.items():
+        assert full.confidence(scores) == pytest.approx(expected, abs=1e-5)
+        assert MALFORMED.confidence(scores) == -1
+    assert plain.confidence() == plain.confidence("sampled") == pytest.approx(22 / 27, abs=1e-5)
+    assert plain.confidence("expected") == -1  # that promise was about distributions
+    for scores, decision in (("expected", "escalate"), ("sampled", "send")):
+        found = Threshold(0.7, 0.1, "bad", 0.5, 0.05, 100, 0.5, 0.0, scores)
+        found.save(tmp_path / "threshold.json")
+        predictor = scripted(export, Script(), threshold=str(tmp_path / "threshold.json"))
+        assert predictor.settings().scores == scores
+        predictor._source = Script(**{as_prompt("Hm?").id: [full]})
+        assert predictor("Hm?").decision == decision
+
+
+def test_calibrate_is_called(monkeypatch, capsys, tmp_path):
+    made = []
+    monkeypatch.setattr(risk, "calibrate", lambda *args: made.append(args) or "chosen")
+    predict.run(Command(calibrate="results/x/one/see", wish=Wish(target=0.2), out=str(tmp_path)))
+    assert made == [(Path("results/x/one/see"), Wish(target=0.2), tmp_path)]
+    assert capsys.readouterr().out == "chosen\n"
 
 
 class Script:

@@ -12,8 +12,8 @@ from conftest import make_rollout
 from config import CellConfig
 from evaluation import risk
 from evaluation.results import Cell
-from evaluation.risk import GRID, Wish, calibrate, choose, p_values
-from evaluation.threshold import Threshold, confidence
+from evaluation.risk import GRID, calibrate, choose, p_values
+from evaluation.threshold import Threshold, Wish
 from storage.files import FileError
 from storage.record import append_rollout
 
@@ -100,11 +100,9 @@ def test_the_confidence_is_that_of_the_expected_scores(tokenizer):
     plain, expected = risk.answers(cell), risk.answers(with_digits)
     assert list(plain.prompts) == ["a", "b", "c"] and plain.scores == "sampled"
     np.testing.assert_allclose(plain.confidence, [1, 6 / 9, np.nan])
-    np.testing.assert_allclose(expected.confidence, [0.5, 6 / 9, np.nan])
+    # An answer whose digits could not be read is not sent.
+    np.testing.assert_allclose(expected.confidence, [0.5, np.nan, np.nan])
     assert expected.scores == "expected"
-    record = {"scores": [9] * 5, "expected_quality": 0.5}
-    assert confidence(record) == 0.5 and confidence(record, "sampled") == 1
-    assert confidence({"scores": None, "expected_quality": None}) is None
 
 
 @pytest.fixture

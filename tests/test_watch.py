@@ -97,9 +97,11 @@ def write(path: Path, rows) -> Path:
 
 
 def prediction(k: int, **changes) -> dict:
+    none = dict.fromkeys(("digits", "expected", "spread", "p_below", "unlike"))
     row = {"id": f"n{k}", "prompt": f"New {k}?", "answer": f"Fine {k}.", "text": "Fine.",
-           "scores": OWN, "decision": "send" if k % 2 else "escalate"}  # fmt: skip
-    return row | changes
+           "scores": OWN, "expected_quality": 0.7, "sample": 0, "model": "m", "time": "",
+           "decision": "send" if k % 2 else "escalate"}  # fmt: skip
+    return row | none | changes
 
 
 def command(folder: Path, log: Path, *judgements: Path, **options) -> Command:
@@ -142,14 +144,16 @@ def test_no_alarm_and_alarm(folder, tmp_path, monkeypatch, capsys):
 def test_what_counts_of_a_log(folder, tmp_path):
     """An id that comes again, a conversation that comes again, a malformed answer, a last line that
     is being written, judgements of other answers, and a second judgement."""
-    rows = [prediction(0), prediction(1, prompt="New 0?"), prediction(0, answer="Other."),
+    rows = [prediction(0, answer="Old."), prediction(0), prediction(1, prompt="New 0?"),
             prediction(2, scores=None, answer=None), prediction(3)]  # fmt: skip
     log = write(tmp_path / "log.jsonl", rows)
     with log.open("a") as f:
         f.write('{"id": "n9"')
     found = drift.read_log(log)
-    assert list(found.predictions) == ["n0", "n1", "n2", "n3"] and found.repeated == 1
-    lines = [{"id": "n3", "scores": [1] * 5}, {"id": "n2", "scores": [2] * 5},
+    assert list(found) == ["n0", "n1", "n2", "n3"] and found["n0"].answer == "Fine 0."
+    lines = [{"id": "n0", "scores": [7] * 5, "answer_key": drift.answer_key("Old.")},
+             {"id": "n3", "scores": [1] * 5, "answer_key": drift.answer_key("Fine 3.")},
+             {"id": "n2", "scores": [2] * 5},
              {"id": "x", "scores": [3] * 5}, {"id": "n1", "scores": [4] * 5},
              {"id": "n0", "scores": [5] * 5}, {"id": "n3", "scores": [6] * 5}]  # fmt: skip
     scores = drift.read_judgements(write(tmp_path / "j.jsonl", lines), found)
@@ -212,9 +216,8 @@ def test_the_share_is_the_same_each_time():
 
 
 @pytest.mark.parametrize(("rows", "lines", "says"), [
-    ([{"id": "a", "prompt": "P?", "answer": "A", "scores": [1, 2]}], [],
-     "log.jsonl:1: a prediction has an answer and five scores"),
-    ([{"id": "a", "answer": "A", "scores": None}], [], "log.jsonl:1: field 'prompt' is missing"),
+    ([prediction(0, scores=[1, 2])], [], "log.jsonl:1: not a prediction .scores .1, 2. are not"),
+    ([{"id": "a", "prompt": "P?"}], [], "log.jsonl:1: not a prediction"),
     ([], [], "log.jsonl: no prediction there yet"),
     ([prediction(0)], [], "log.jsonl: 0 of its answers are judged; give --judgements"),
     ([prediction(0)], [{"id": "n0", "scores": [1] * 5}, {"id": "n1", "scores": [10] * 5}],
@@ -225,5 +228,5 @@ def test_bad_input_is_one_sentence(folder, tmp_path, rows, lines, says):
     with pytest.raises(ValueError, match=says) as caught:
         run(command(folder, log, write(tmp_path / "j.jsonl", lines)))
     assert "\n" not in str(caught.value)
-    with pytest.raises(FileError, match="none.jsonl: no such file"):
+    with pytest.raises(FileError, match="none.jsonl: no prediction there"):
         drift.read_log(tmp_path / "none.jsonl")
