@@ -19,7 +19,6 @@ Where the paper leaves a choice:
 
 import dataclasses
 import json
-import random
 import shutil
 import sys
 import warnings
@@ -33,7 +32,7 @@ import self_check
 import sft_masked
 from backend import footprint, parallel
 from backend.packing import Row, Work, share_out
-from backend.policy import export, load_policy, prompt_surprisal
+from backend.policy import export, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from buffer import in_buffer, select_stratified
 from config import Config, parse
@@ -42,7 +41,6 @@ from grpo import group_advantages, reference_logps, response_row, rewards_of, rl
 from judge import make_judge, with_judge_url
 from judging.client import Background, JudgeError
 from plan import Setup, describe, prepare, resolve, step_batches
-from prompts import prompt_ids
 from rollout import Collector, Sampled, rollout_means
 from sft_masked import distillation_row, sft_step
 from storage import model_card
@@ -355,17 +353,12 @@ class Run:
                 shutil.rmtree(old)
 
     def _card(self, cycle: int, step: int | None) -> ModelCard:
-        """What a checkpoint says about itself; the same on all ranks. Collective."""
-        c, inputs, window = self.config, self.setup.inputs, self.setup.window
-        drawn = random.Random(c.seed).sample(window, min(model_card.WINDOW_PROMPTS, len(window)))
-        empty = prompt_ids(self.tokenizer, (), c.template, c.few_shot)
-        surprisal = prompt_surprisal(
-            self.policy, [inputs.prompt_ids[p.id] for p in drawn], empty, c.policy
-        )
+        """What a checkpoint says about itself; the same on all ranks."""
         judged = [r.judge_scores for r in self.folder.first_cycle()]
         constant = best_constant(judged) if judged else None
-        judge, ids = self.collector.judge, [p.id for p in window]
-        return model_card.of_run(c, inputs.model, (cycle, step), judge, ids, surprisal, constant)
+        model, judge = self.setup.inputs.model, self.collector.judge
+        place, window = (cycle, step), self.setup.window
+        return model_card.of_run(self.config, model, place, judge, window, self.tokenizer, constant)
 
     def _save_in_phase_1(self, cycle: int, step: int) -> None:
         """At the phase's end without optimiser, because phase 2 starts with a fresh one."""

@@ -22,9 +22,9 @@ is refused. Not in the paper, which only names such uses (Sec. 5):
    `retry`: the one of several that the model rates best, if that is as high; else `escalate`.
    A threshold from --calibrate promises its risk for `send` alone: the best of several by the
    model's own scores is a choice in favour of its errors.
-2. A prompt that surprises the model more than every prompt of its training window
-   (storage/model_card.py) is never sent: what was promised is about prompts like those. One in
-   window + 1 of the like is escalated for that reason alone.
+2. A prompt that has less in common with the training window than any prompt of the window has with
+   the others (storage/model_card.py) is never sent: what was promised is about prompts like those.
+   Of these about one in window + 1 is escalated for that reason alone.
 3. Answers are drawn with a seed of their own, by prompt and sample, except with transformers, where
    prompts that are answered together share one: a file that is continued after a kill goes on, but
    not with the answers that an undisturbed launch would have given.
@@ -156,7 +156,6 @@ class Predictor:
         c = self.config
         self.tokenizer = load_tokenizer(self.folder)
         check_tokenizer(self.tokenizer, c.template, c.few_shot)
-        self.empty = prompt_ids(self.tokenizer, (), c.template, c.few_shot)
         self.id = f"{Path(self.name).resolve().name}-{_identity(self.folder, self.card)}"
         self._source: InProcess | Served | None = None
 
@@ -194,13 +193,14 @@ class Predictor:
         c = self.config
         ids = {p.id: prompt_ids(self.tokenizer, p.conversation, c.template, c.few_shot)
                for p in prompts}  # fmt: skip
+        unlike = {p.id: self._unlike(p) for p in prompts}
         short = [p.id for p in prompts if len(ids[p.id]) <= c.prompt_tokens]
         drawn = self._draw(ids, short, range(1))
-        again = [i for i in short if self.threshold is None or not self._accepts(drawn[i])]
+        again = [i for i in short if not self._is_decided(drawn[i], unlike[i])]
         if c.samples > 1:
             for i, more in self._draw(ids, again, range(1, c.samples)).items():
                 drawn[i] += more
-        return [self._prediction(p, drawn.get(p.id, [])) for p in prompts]
+        return [self._prediction(p, drawn.get(p.id, []), unlike[p.id]) for p in prompts]
 
     def _draw(self, ids: dict, chosen: Sequence[str], samples: range) -> dict[str, list[Drawn]]:
         requests = [
@@ -213,46 +213,47 @@ class Predictor:
 
     def _loaded(self) -> InProcess | Served:
         if self._source is None and self.config.url:
-            self._source = Served(self.config, self.params, self.empty)
+            self._source = Served(self.config, self.params)
         elif self._source is None:
             hub.fetch_weights(self.name)
             check_weights(self.folder)
-            args = self.config, self.folder, self.tokenizer, self.params, self.empty
-            self._source = InProcess(*args)
+            self._source = InProcess(self.config, self.folder, self.tokenizer, self.params)
         return self._source
 
-    def _accepts(self, drawn: Sequence[Drawn]) -> bool:
-        """Whether there is nothing to gain from further answers."""
-        return self._sends(drawn[0]) or self._is_unlike(drawn)
+    def _unlike(self, prompt: Prompt) -> float | None:
+        if self.card is None:
+            return None
+        tokens = model_card.conversation_tokens(self.tokenizer, prompt.conversation)
+        return self.card.unlike(tokens)
+
+    def _is_decided(self, drawn: Sequence[Drawn], unlike: float | None) -> bool:
+        """Whether further answers would change nothing."""
+        return self.threshold is not None and (self._sends(drawn[0]) or model_card.is_far(unlike))
 
     def _sends(self, one: Drawn) -> bool:
         return one.confidence(self.scores) >= self.threshold
 
-    def _unlike(self, drawn: Sequence[Drawn]) -> float | None:
-        if not drawn or drawn[0].surprisal is None or self.card is None:
-            return None
-        return self.card.unlike(drawn[0].surprisal)
-
-    def _is_unlike(self, drawn: Sequence[Drawn]) -> bool:
-        return (self._unlike(drawn) or 0) >= model_card.UNLIKE
-
-    def _prediction(self, prompt: Prompt, drawn: Sequence[Drawn]) -> Prediction:
+    def _prediction(
+        self, prompt: Prompt, drawn: Sequence[Drawn], unlike: float | None
+    ) -> Prediction:
         """`drawn`: the prompt's responses; none for a prompt that is too long."""
         if not drawn:
             none = dict.fromkeys(f.name for f in dataclasses.fields(Prediction))
             decision = None if self.threshold is None else "escalate"
-            return Prediction(**none | self._about(prompt) | {"decision": decision, "sample": 0})
+            return Prediction(
+                **none | self._about(prompt) | {"unlike": unlike, "decision": decision, "sample": 0}
+            )
         confidences = [one.confidence(self.scores) for one in drawn]
         k = confidences.index(max(confidences))  # the first of equals
         best, decision = drawn[k], None
         if self.threshold is not None:
             sent = "send" if len(drawn) == 1 else "retry"
-            accepted = self._sends(best) and not self._is_unlike(drawn)
+            accepted = self._sends(best) and not model_card.is_far(unlike)
             decision = sent if accepted else "escalate"
         return Prediction(
             **self._about(prompt),
             **best.figures(self.config.below),
-            unlike=self._unlike(drawn),
+            unlike=unlike,
             decision=decision,
             sample=k,
         )

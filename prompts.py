@@ -440,17 +440,6 @@ def prompt_ids(
     return (*bos_ids(tokenizer), *tokenizer.encode(text, add_special_tokens=False))
 
 
-def conversation_span(ids: Sequence[int], empty: Sequence[int]) -> tuple[int, int]:
-    """Start and end of a policy prompt's tokens that are the conversation's: those that it does not
-    share, at its beginning or its end, with the prompt of an empty conversation (`empty`). The
-    first token of all is never among them, because nothing comes before it. The two may be equal:
-    no token."""
-    shared = min(len(ids), len(empty))
-    start = next((k for k in range(shared) if ids[k] != empty[k]), shared)
-    tail = next((k for k in range(shared - start) if ids[-1 - k] != empty[-1 - k]), shared - start)
-    return min(max(start, 1), len(ids) - tail), len(ids) - tail
-
-
 # --------------------------------------------------------------------------------------------------
 # B.2, B.3: the judge's prompts
 

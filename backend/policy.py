@@ -15,7 +15,7 @@ files, so that no rank ever holds the whole model.
 Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -31,8 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from backend import packing, parallel
 from backend.model_folder import weight_files, write_settings
-from backend.packing import Batch, Row, attention_arguments
-from prompts import conversation_span
+from backend.packing import Batch, attention_arguments
 from storage.files import fresh_folder
 from storage.options import Count, Options
 
@@ -259,29 +258,6 @@ def _read_weights(model: PreTrainedModel, folder: Path) -> None:
                 rows.copy_(f.get_slice(name)[start : start + len(rows)])
     if shards:
         raise ValueError(f"model {folder}: its files lack {', '.join(sorted(shards))}")
-
-
-@torch.no_grad()
-def prompt_surprisal(
-    policy: Policy, prompts: Sequence[Sequence[int]], empty: Sequence[int], config: PolicyConfig
-) -> list[float]:
-    """Of each prompt minus the mean log-probability, at temperature 1, of its conversation's tokens
-    (prompts.conversation_span), in nats; prompts without such tokens are left out. The same list on
-    every rank. Collective."""
-    rows = []
-    for ids in prompts:
-        start, end = conversation_span(ids, empty)
-        if start < end:
-            rows.append(Row(ids[:end], [start <= k for k in range(end)]))
-    if not rows:
-        return []
-    work = packing.share_out(rows, [0] * len(rows), config.micro_batch_tokens, config.shared_prefix)
-    found: list[tuple[int, float]] = []
-    for batch in work.batches:
-        means = policy(batch).logp_t1.sum(1) / batch.scored.sum(1)
-        found += zip(batch.index, (-means).tolist(), strict=False)  # a filler has no index
-    policy.reshard()  # after a forward, a trainable policy's root waits for a backward
-    return [nats for _, nats in sorted(parallel.gather(found))]
 
 
 def export(

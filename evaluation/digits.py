@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from backend import parallel
 from backend.model_folder import load_tokenizer
 from backend.policy import load_model
-from prompts import Scores, conversation_span, digit_ids, render_response, score_positions
+from prompts import Scores, digit_ids, render_response, score_positions
 from storage.record import Rollout
 
 # Of a batch, padding included: the keys and values of a 4B model's 32,768 tokens are 4.8 GB, and
@@ -93,28 +93,6 @@ class Reader:
                 digits = [digit_ids(r.response_ids[p], self.tokenizer) for p in r.score_positions]
                 log_probs[i] = self._digits(hidden[b, before], digits)
         return [log_probs[i] for i in range(len(rollouts))]
-
-    @torch.inference_mode()
-    def surprisal(
-        self, prompts: Sequence[Sequence[int]], empty: Sequence[int]
-    ) -> list[float | None]:
-        """policy.prompt_surprisal of each prompt; None without a conversation's token."""
-        found: dict[int, float | None] = {}
-        spans = [conversation_span(ids, empty) for ids in prompts]
-        for rows in _batches([len(ids) for ids in prompts]):
-            width = max(len(prompts[i]) for i in rows)
-            padded = self._tensor([[*prompts[i], *[0] * (width - len(prompts[i]))] for i in rows])
-            # Causal attention: no real token attends to the padding after it.
-            hidden = self.model.model(input_ids=padded, use_cache=False).last_hidden_state
-            for b, i in enumerate(rows):
-                start, end = spans[i]
-                if start == end:
-                    found[i] = None
-                    continue
-                logp = F.linear(hidden[b, start - 1 : end - 1].float(), self.head).log_softmax(-1)
-                targets = self._tensor(prompts[i][start:end])[:, None]
-                found[i] = -logp.gather(1, targets).mean().item()
-        return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
     def states(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -1,5 +1,5 @@
-"""Responses of a trained model for use (predict.py), each with its distributions over digits and
-how much its prompt surprises the model: from the model in this process, or from a server."""
+"""Responses of a trained model for use (predict.py), with their distributions over digits: from the
+model in this process, or from a server."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from evaluation.threshold import Kind
 from judging.client import Background
 from judging.endpoint import ClientConfig
 from judging.served import CompletionClient, ServedModel
-from prompts import ATTRIBUTES, conversation_span, parse_self_eval, score_positions
+from prompts import ATTRIBUTES, parse_self_eval, score_positions
 from storage.progress import progress
 
 
@@ -27,7 +27,6 @@ class Drawn(NamedTuple):
 
     text: str
     digits: Sequence[Sequence[float]] | None  # (5, 10) probabilities
-    surprisal: float | None  # of the prompt; with a prompt's first response only
 
     def figures(self, below: int) -> dict:
         """The fields of a prediction that the response decides; `below`: see p_below there."""
@@ -67,11 +66,9 @@ class Drawn(NamedTuple):
 class InProcess:
     """The model in this process: sampled as in training, its distributions as in the evaluation."""
 
-    def __init__(
-        self, config, folder: Path, tokenizer, params: SamplingParams, empty: Sequence[int]
-    ):
-        """`config`: predict.PredictorConfig; `empty`: see prompts.conversation_span."""
-        self.tokenizer, self.params, self.empty = tokenizer, params, empty
+    def __init__(self, config, folder: Path, tokenizer, params: SamplingParams):
+        """`config`: predict.PredictorConfig."""
+        self.tokenizer, self.params = tokenizer, params
         self._stack = ExitStack()
         self._stack.enter_context(parallel.process_group())
         self.sampler = make_sampler(config, folder, tokenizer, config.dtype)
@@ -94,10 +91,7 @@ class InProcess:
              for k in readable]
         )  # fmt: skip
         digits = {k: digit_probabilities(x) for k, x in zip(readable, logp, strict=True)}
-        first = [k for k, request in enumerate(requests) if request.sample == 0]
-        nats = self.reader.surprisal([requests[k].prompt_ids for k in first], self.empty)
-        surprisal = dict(zip(first, nats, strict=True))
-        return [Drawn(s.text, digits.get(k), surprisal.get(k)) for k, s in enumerate(ordered)]
+        return [Drawn(s.text, digits.get(k)) for k, s in enumerate(ordered)]
 
     def close(self) -> None:
         self.sampler.close()
@@ -107,11 +101,11 @@ class InProcess:
 class Served:
     """The model at --url."""
 
-    def __init__(self, config, params: SamplingParams, empty: Sequence[int]):
+    def __init__(self, config, params: SamplingParams):
         """As InProcess. Raises ValueError or ServedError."""
         client = ClientConfig(concurrency=config.concurrency, timeout=600.0)
         server = ServedModel(config.url, config.key_variable, client)
-        self.params, self.empty, self.loop = params, empty, Background()
+        self.params, self.loop = params, Background()
         self.client = CompletionClient(server, config.served_name)
         self.loop.submit(self.client.find_name()).result()
 
@@ -126,10 +120,8 @@ class Served:
 
     async def _one(self, r: Request) -> Drawn:
         sampling = dataclasses.asdict(self.params)
-        got = await self.client.complete(r.prompt_ids, sampling, r.seed, r.sample == 0)
-        start, end = conversation_span(r.prompt_ids, self.empty)
-        logp = (got.prompt_logp or [])[start - 1 : end - 1]  # the first token has none
-        return Drawn(got.text, got.digits, -sum(logp) / len(logp) if logp else None)
+        got = await self.client.complete(r.prompt_ids, sampling, r.seed)
+        return Drawn(got.text, got.digits)
 
     def close(self) -> None:
         """Does nothing: the server goes on."""

@@ -1,12 +1,12 @@
-"""A trained model behind an OpenAI-compatible server: its answers, its distributions over digits,
-and how much a prompt surprises it.
+"""A trained model behind an OpenAI-compatible server: its answers and its distributions over
+digits.
 
 A prompt is sent as token ids to /completions, so that the model reads what it read in training
 whatever the server's own template. The text holds the block. Its ten-digit distributions are read
 from the server's log-probabilities, where it gives them, by the text of the tokens: at most
-`LOGPROBS` tokens a position, so that a digit which is not among them counts as 0. What vLLM alone
-knows (prompt_logprobs, include_stop_str_in_output) other servers leave out: then there is no
-surprisal, and the end of the block, which the server has cut off, is put back.
+`LOGPROBS` tokens a position, so that a digit which is not among them counts as 0. Where a server
+does not know vLLM's include_stop_str_in_output, the end of the block, which it has cut off, is put
+back.
 """
 
 import asyncio
@@ -56,7 +56,6 @@ class Completion(NamedTuple):
     text: str  # with its block
     finish_reason: str  # "stop" or "length"
     digits: list[list[float]] | None  # (5, 10), see digit_probabilities
-    prompt_logp: list[float] | None  # of each prompt token but the first
 
 
 class CompletionClient:
@@ -86,19 +85,14 @@ class CompletionClient:
             raise ServedError(f"{self.server.name}: it lists {listed}; say which by --served_name")
         [self._name] = names
 
-    async def complete(
-        self, prompt: Sequence[int], sampling: Mapping, seed: int, with_prompt: bool
-    ) -> Completion:
-        """`sampling`: temperature, top_p, top_k, max_tokens. `with_prompt`: also ask for the
-        prompt's log-probabilities. Raises ServedError."""
+    async def complete(self, prompt: Sequence[int], sampling: Mapping, seed: int) -> Completion:
+        """`sampling`: temperature, top_p, top_k, max_tokens. Raises ServedError."""
         request = {
             "model": self._name, "prompt": list(prompt), **sampling, "seed": seed, "stop": [CLOSE],
             "logprobs": LOGPROBS, "include_stop_str_in_output": True, "skip_special_tokens": False,
             # A server may take other defaults from the folder's generation_config.json.
             "repetition_penalty": 1.0, "min_p": 0.0,
         }  # fmt: skip
-        if with_prompt:
-            request["prompt_logprobs"] = 0  # of the prompt's own tokens only
         body = dict(request)
         model, ids = body.pop("model"), body.pop("prompt")
         create = self._api.completions.with_raw_response.create
@@ -108,7 +102,7 @@ class CompletionClient:
         if answer.failed:
             raise self._error(answer.failed)
         try:
-            return read_completion(answer.body, prompt)
+            return read_completion(answer.body)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             said = plain(self.server.without_key(answer.body))
             remedy = filled_in("check {url}, which often ends in /v1", self.server)
@@ -122,7 +116,7 @@ class CompletionClient:
         )
 
 
-def read_completion(body: str, prompt: Sequence[int]) -> Completion:
+def read_completion(body: str) -> Completion:
     """Raises ValueError, KeyError, IndexError, TypeError or AttributeError for a body that is no
     completion."""
     choice = json.loads(body)["choices"][0]
@@ -134,11 +128,7 @@ def read_completion(body: str, prompt: Sequence[int]) -> Completion:
     stopped_at = choice.get("stop_reason", CLOSE)
     if finish == "stop" and stopped_at == CLOSE and OPEN in text and CLOSE not in text:
         text += CLOSE
-    logp = choice.get("prompt_logprobs")
-    if logp is not None:
-        pairs = zip(logp[1:], prompt[1:], strict=True)
-        logp = [float(position[str(token)]["logprob"]) for position, token in pairs]
-    return Completion(text, finish, digit_probabilities(text, choice.get("logprobs")), logp)
+    return Completion(text, finish, digit_probabilities(text, choice.get("logprobs")))
 
 
 def digit_probabilities(text: str, logprobs: dict | None) -> list[list[float]] | None:

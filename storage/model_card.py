@@ -4,30 +4,34 @@ self_eval.json    for programs: the prompt that the model was trained with, samp
                   best constant, held-out figures, commit. evaluate.py and predict.py read it.
 README.md         for readers: a model card in the hub's form, with the licence of the base model
 
-The folder may be published, so neither file holds a path of this machine, the judge's URL or a
-prompt; prompts of the window are named by their ids.
+The folder may be published, so neither file holds a path of this machine or the judge's URL. Of the
+window's prompts it holds the ids and, of at most 200, which tokens occur in them, without order and
+number; where that is too much, `tokens` may be made an empty list.
 
-Not in the paper: how unlike the window a prompt is, told by the model itself. `surprisal` has, for
-at most 200 prompts of the window, minus the mean log-probability of the conversation's tokens given
-the template before them, in nats a token: the logarithm of the perplexity. A new prompt's figure is
-compared with these (`unlike`). It finds text that is strange to the model. It does not find a
-familiar text about something that the window does not have.
+Not in the paper: how unlike the window a prompt is. What two prompts have in common is the number
+of tokens that occur in both, divided by the root of the product of the numbers that occur in each
+(the cosine of their sets). `ModelCard.unlike` compares a prompt and its nearest neighbour in the
+window with the window's own prompts and theirs. It tells another kind of text, and not a harder
+question of the same kind. The model's own perplexity of the prompt was tried first: a model that
+was trained on responses alone, as the miniature's is, has learnt nothing about prompts.
 """
 
 import json
-from bisect import bisect_left
+import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
-from prompts import ATTRIBUTES, FEW_SHOT, TEMPLATES, Scores, policy_prompt, valid_scores
+from prompts import ATTRIBUTES, FEW_SHOT, TEMPLATES, Scores, Turn, policy_prompt, valid_scores
+from storage.data import Prompt
 from storage.files import FileError, read_json, write_text
 from storage.hub import card_header, is_id, licence
 from storage.program import commit
 
 FILE, README = "self_eval.json", "README.md"
-WINDOW_PROMPTS = 200  # of the window, whose surprisal is kept
-UNLIKE = 1.0  # ModelCard.unlike of a prompt more surprising than all of these
+WINDOW_PROMPTS = 200  # of the window, whose tokens are kept
 _PLACEHOLDER = "{REQUEST}"
 
 
@@ -48,18 +52,46 @@ class ModelCard:
     data: str  # hub id, or the file's name
     seed: int
     window: list[str]  # prompt ids
-    surprisal: list[float]  # see above; ascending
+    tokens: list[list[int]]  # see above
     best_constant: Scores | None  # for the judgements of the run's first cycle; None without any
     commit: str | None
     attributes: list[str] = field(default_factory=lambda: list(ATTRIBUTES))
     scale: tuple[int, int] = (0, 9)
     held_out: dict[str, dict] = field(default_factory=dict)  # by benchmark; see add_held_out
 
-    def unlike(self, surprisal: float) -> float | None:
-        """Share of the window's prompts that surprise the model less than this one. None without
-        figures of the window."""
-        known = self.surprisal
-        return bisect_left(known, surprisal) / len(known) if known else None
+    @cached_property
+    def _window(self) -> tuple[list[set[int]], list[float]]:
+        """The prompts' sets of tokens, and what each has in common with its nearest neighbour."""
+        sets = list(map(set, self.tokens))
+        nearest = [
+            max(overlap(one, other) for i, other in enumerate(sets) if i != k)
+            for k, one in enumerate(sets)
+        ]
+        return sets, nearest
+
+    def unlike(self, tokens: set[int]) -> float | None:
+        """Share of the window's prompts that have more in common with a neighbour there than a
+        prompt of these tokens has: 0-1. None if the window is not on file."""
+        if len(self.tokens) < 2:
+            return None
+        sets, nearest = self._window
+        own = max(overlap(tokens, other) for other in sets)
+        return sum(x > own for x in nearest) / len(nearest)
+
+
+def is_far(unlike: float | None) -> bool:
+    """Whether a prompt has less in common with the window than any prompt of the window has."""
+    return unlike is not None and unlike >= 1
+
+
+def overlap(a: set[int], b: set[int]) -> float:
+    """Cosine of two sets; 0 if one of them is empty."""
+    return len(a & b) / math.sqrt(len(a) * len(b)) if a and b else 0.0
+
+
+def conversation_tokens(tokenizer, conversation: Sequence[Turn]) -> set[int]:
+    text = "\n".join(turn["content"] for turn in conversation)
+    return set(tokenizer.encode(text, add_special_tokens=False))
 
 
 def of_run(
@@ -67,12 +99,13 @@ def of_run(
     model: Path,
     place: tuple[int, int | None],
     judge,
-    window: Sequence[str],
-    surprisal: Sequence[float],
+    window: Sequence[Prompt],
+    tokenizer,
     constant: Scores | None,
 ) -> ModelCard:
     """The card of a run's checkpoint. `config`: the run's; `model`: its base model's folder;
-    `place`: cycle and RL step; `judge`: as judge.make_judge makes it; `surprisal`: in any order."""
+    `place`: cycle and RL step; `judge`: as judge.make_judge makes it; `constant`: best_constant."""
+    drawn = random.Random(config.seed).sample(window, min(WINDOW_PROMPTS, len(window)))
     settings = {"name": judge.name, "use_references": config.use_references}
     if judge.client is not None:
         settings |= {k: v for k, v in asdict(config.endpoint).items() if k != "base_url"}
@@ -89,8 +122,8 @@ def of_run(
         judge=settings,
         data=config.data if is_id(config.data) else Path(config.data).name,
         seed=config.seed,
-        window=list(window),
-        surprisal=sorted(round(nats, 4) for nats in surprisal),
+        window=[p.id for p in window],
+        tokens=[sorted(conversation_tokens(tokenizer, p.conversation)) for p in drawn],
         best_constant=constant,
         commit=commit()[0],
     )
@@ -113,8 +146,6 @@ def read_card(folder: str | Path) -> ModelCard | None:
     values = {name: row[name] for name in known}
     values |= {k: tuple(values[k]) for k in ("best_constant", "scale") if isinstance(row[k], list)}
     card = ModelCard(**values)
-    surprisal = card.surprisal if isinstance(card.surprisal, list) else [None]
-    numbers = all(type(x) in (int, float) for x in surprisal)
     valid = {
         "template": card.template in TEMPLATES,
         "few_shot": card.few_shot in FEW_SHOT,
@@ -122,7 +153,7 @@ def read_card(folder: str | Path) -> ModelCard | None:
         "sampling": isinstance(card.sampling, dict),
         "judge": isinstance(card.judge, dict) and isinstance(card.judge.get("name"), str),
         "window": isinstance(card.window, list) and all(isinstance(x, str) for x in card.window),
-        "surprisal": numbers and surprisal == sorted(surprisal),
+        "tokens": _is_numbers(card.tokens),
         "best_constant": card.best_constant is None or valid_scores(card.best_constant),
         "licence": isinstance(card.licence, dict),
         "held_out": isinstance(card.held_out, dict),
@@ -136,6 +167,12 @@ def read_card(folder: str | Path) -> ModelCard | None:
             "use the program that trained it"
         )
     return card
+
+
+def _is_numbers(rows: object) -> bool:
+    """Whether these are lists of whole numbers."""
+    lists = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
+    return lists and all(type(x) is int for row in rows for x in row)
 
 
 def check_template(folder: str | Path, card: ModelCard, template: str, few_shot: str) -> None:
@@ -174,7 +211,15 @@ def add_held_out(folder: Path, benchmark: str, figures: Mapping, prompt_ids: Seq
 
 def card_files(card: ModelCard) -> dict[str, str]:
     """Text by file name."""
-    return {FILE: json.dumps(asdict(card), indent=1, ensure_ascii=False), README: _readme(card)}
+    return {FILE: _json(card), README: _readme(card)}
+
+
+def _json(card: ModelCard) -> str:
+    """A field a line."""
+    lines = (
+        f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in asdict(card).items()
+    )
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _readme(card: ModelCard) -> str:

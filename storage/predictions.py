@@ -15,7 +15,7 @@ from typing import Literal
 from prompts import ATTRIBUTES, Scores, Turn, valid_scores
 from storage.data import as_prompt
 from storage.files import FileError, append_line, read_lines, write_text
-from storage.model_card import UNLIKE
+from storage.model_card import is_far
 
 Decision = Literal["send", "retry", "escalate"]
 
@@ -100,15 +100,12 @@ def read_predictions(path: Path) -> list[Prediction]:
 # For a reader
 
 
-def is_unlike(p: Prediction) -> bool:
-    return p.unlike is not None and p.unlike >= UNLIKE
-
-
 def summary(predictions: Sequence[Prediction]) -> str:
     decisions = [p.decision for p in predictions if p.decision]
     parts = [f"{len(predictions)} predictions"]
     parts += [f"{decisions.count(d)} {d}" for d in ("send", "retry", "escalate") if decisions]
-    malformed, unlike = (sum(map(f, predictions)) for f in (lambda p: p.answer is None, is_unlike))
+    malformed = sum(p.answer is None for p in predictions)
+    unlike = sum(is_far(p.unlike) for p in predictions)
     return ", ".join([*parts, f"{malformed} without an answer", f"{unlike} unlike the window"])
 
 
@@ -127,9 +124,9 @@ def render(p: Prediction, below: int, threshold: float | None) -> str:
     if p.p_below is not None:
         lines.append(f"P(correctness < {below}) {p.p_below:.2f}")
     if p.unlike is not None:
-        lines.append(f"more surprising than {p.unlike:.0%} of the training window's prompts")
-    if is_unlike(p):
-        lines.append("warning: unlike all of them, so the scores may mean nothing")
+        lines.append(f"less like the training window than {p.unlike:.0%} of its own prompts")
+    if is_far(p.unlike):
+        lines.append("warning: the scores may mean nothing for such a prompt")
     if p.decision:
         lines.append(f"decision: {p.decision} (threshold {threshold:g})")
     return "\n".join(lines)
@@ -147,7 +144,7 @@ def why_dropped(p: Prediction) -> str | None:
         return "the prompt is too long"
     if p.answer is None:
         return "malformed"
-    if is_unlike(p):
+    if is_far(p.unlike):
         return "unlike the training window"
     return "below the threshold"
 

@@ -11,6 +11,7 @@ from config import PRESETS, CellConfig
 from judging.endpoint import Endpoint
 from judging.heuristic import HeuristicJudge
 from storage import hub, model_card
+from storage.data import Prompt
 from storage.files import FileError
 from storage.model_card import add_held_out, card_files, of_run, read_card
 
@@ -24,13 +25,14 @@ class Asked:
 
 
 @pytest.fixture
-def card(tmp_path):
+def card(tmp_path, tokenizer):
     (tmp_path / "README.md").write_text(LICENCE)
     config = dataclasses.replace(
         PRESETS["paper"], data=str(tmp_path / "secret" / "train.jsonl"),
         endpoint=Endpoint("http://10.1.2.3:8000/v1", temperature=0.3),
     )  # fmt: skip
-    return of_run(config, tmp_path, (15, None), Asked(), ["a", "b"], [2.0, 1.5], (8, 8, 8, 2, 1))
+    window = [Prompt(i, ({"role": "user", "content": f"Say {i}."},)) for i in "ab"]
+    return of_run(config, tmp_path, (15, None), Asked(), window, tokenizer, (8, 8, 8, 2, 1))
 
 
 def write(folder, card):
@@ -49,8 +51,7 @@ FIGURES = {
 def test_an_export_says_how_it_was_trained(card, tmp_path):
     write(tmp_path / "out", card)
     assert read_card(tmp_path / "out") == card
-    assert card.unlike(1.4) == card.unlike(1.5) == 0 and card.unlike(1.7) == 0.5
-    assert card.unlike(2.0) == 0.5 and card.unlike(2.1) == 1
+    assert card.window == ["a", "b"] and len(card.tokens) == 2
     header = HubCard.load(tmp_path / "out" / "README.md").data
     assert (header.license, header.license_name, header.license_link) == (
         "other", "mine", "LICENSE"
@@ -64,13 +65,29 @@ def test_an_export_says_how_it_was_trained(card, tmp_path):
         assert private not in both
 
 
+def test_unlike_by_hand(card):
+    """In common: {1, 2} and {1, 2, 3, 4} 2 / sqrt(8), {5, 6, 7, 8} and {4, 5, 6, 7, 8, 9} 4 /
+    sqrt(24); so the nearest neighbours are 0.71, 0.71, 0.82, 0.82 alike."""
+    card = dataclasses.replace(
+        card, tokens=[[1, 2], [1, 2, 3, 4], [5, 6, 7, 8], [4, 5, 6, 7, 8, 9]]
+    )
+    assert card.unlike({1, 2, 3, 4}) == 0  # a prompt of the window
+    assert card.unlike({1, 2, 3}) == 0  # 3 / sqrt(12) = 0.87
+    assert card.unlike({1, 2, 10, 11}) == 0  # 2 / sqrt(8): as much as the least alike have
+    assert card.unlike({1, 2, 3, 4, 10, 11, 12}) == 0.5  # 4 / sqrt(28) = 0.756
+    far = card.unlike({1, 2, 10, 11, 12})  # 2 / sqrt(10) = 0.63
+    assert far == 1 and model_card.is_far(far) and card.unlike(set()) == card.unlike({99}) == 1
+    assert not model_card.is_far(0.99) and not model_card.is_far(None)
+    assert dataclasses.replace(card, tokens=[]).unlike({1}) is None
+
+
 def test_a_base_without_a_card_has_no_known_licence(tmp_path):
     assert hub.licence(tmp_path) == {"license": "unknown"}
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
     assert hub.licence(tmp_path) == {"license": "unknown"}
     local = dataclasses.replace(PRESETS["paper"], model=str(tmp_path))
-    card = of_run(local, tmp_path, (1, 10), HeuristicJudge(), [], [], None)
-    assert card.base == tmp_path.name and card.unlike(3.0) is None
+    card = of_run(local, tmp_path, (1, 10), HeuristicJudge(), [], None, None)
+    assert card.base == tmp_path.name and card.unlike({1}) is None
     text = card_files(card)["README.md"]
     assert "base_model" not in text and "cycle 1, RL step 10" in text and "not known." in text
 
@@ -94,7 +111,7 @@ DAMAGE = {
     "a field is missing": (lambda row: json.dumps({k: v for k, v in row.items() if k != "window"}),
                            "has no window; restore the file"),
     "template": (lambda row: json.dumps(row | {"template": "new"}), "template cannot be used"),
-    "surprisal": (lambda row: json.dumps(row | {"surprisal": [2, 1]}), "surprisal cannot be used"),
+    "tokens": (lambda row: json.dumps(row | {"tokens": [[1], ["a"]]}), "tokens cannot be used"),
     "attributes": (lambda row: json.dumps(row | {"attributes": ["truth"]}), "scores truth from"),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from fake_judge import FakeJudge, Reply
 
 import predict
 import prompts
-from backend.policy import PolicyConfig, load_model, load_policy, prompt_surprisal
+from backend.policy import load_model
 from config import PRESETS
 from evaluation import risk
 from evaluation.responses import Drawn
@@ -26,15 +26,16 @@ from storage import model_card
 from storage.data import as_prompt, load_prompts
 from storage.predictions import read_predictions, render, why_dropped
 
+WINDOW = list(map(as_prompt, REQUESTS))
 OPTIONS = {"max_tokens": 120, "sampler": "transformers", "dtype": "float32", "sample_rows": 5}
 
 
 @pytest.fixture(scope="module")
-def export(parrot_folder):
+def export(parrot_folder, tokenizer):
     """The parrot with what an export says about itself."""
     config = dataclasses.replace(PRESETS["small"], model="org/base", prompt_tokens=700)
     card = model_card.of_run(
-        config, parrot_folder, (2, None), HeuristicJudge(), ["a"], [1.0, 3.0, 2.0, 4.0], (8,) * 5
+        config, parrot_folder, (2, None), HeuristicJudge(), WINDOW, tokenizer, (8,) * 5
     )
     for name, text in model_card.card_files(card).items():
         (parrot_folder / name).write_text(text)
@@ -48,12 +49,12 @@ def one_hot(*scores):
     return [[float(d == s) for d in range(10)] for s in scores]
 
 
-def well_formed(*scores, answer="Fine.", digits=True, surprisal=None):
+def well_formed(*scores, answer="Fine.", digits=True):
     text = prompts.render_response(answer, scores)
-    return Drawn(text, one_hot(*scores) if digits else None, surprisal)
+    return Drawn(text, one_hot(*scores) if digits else None)
 
 
-MALFORMED = Drawn("Fine.", None, None)
+MALFORMED = Drawn("Fine.", None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_figures_by_hand():
     digits = one_hot(0, 0, 9, 1, 0)
     digits[0] = [0.5, *[0.0] * 8, 0.5]
     digits[1] = [0, 0, 0.25, 0, 0.5, 0, 0.25, 0, 0, 0]
-    got = Drawn(well_formed(9, 4, 9, 1, 0).text, digits, None).figures(below=4)
+    got = Drawn(well_formed(9, 4, 9, 1, 0).text, digits).figures(below=4)
     assert got["expected"] == (4.5, 4.0, 9.0, 1.0, 0.0)
     assert got["spread"] == pytest.approx((4.5, 2**0.5, 0, 0, 0), abs=1e-4)
     assert got["expected_quality"] == pytest.approx((4.5 + 4 + 9) / 27, abs=1e-6)
@@ -83,7 +84,7 @@ def test_which_scores_a_threshold_is_about(export, tmp_path):
     digits = one_hot(0, 4, 9, 1, 0)
     digits[0] = [0.5, *[0.0] * 8, 0.5]
     text = well_formed(9, 4, 9, 1, 0).text
-    full, plain = Drawn(text, digits, None), Drawn(text, None, None)
+    full, plain = Drawn(text, digits), Drawn(text, None)
     quality = {None: 17.5 / 27, "expected": 17.5 / 27, "sampled": 22 / 27}
     for scores, expected in quality.items():
         assert full.confidence(scores) == pytest.approx(expected, abs=1e-5)
@@ -126,7 +127,7 @@ class Script:
 
 def scripted(export, script, **options):
     predictor = Predictor(export, **OPTIONS | options)
-    predictor._source = script
+    predictor._source, predictor._unlike = script, lambda prompt: 0.0
     return predictor
 
 
@@ -137,34 +138,29 @@ def prompts_of(tmp_path, *ids):
 
 
 def test_send_retry_escalate(export, tmp_path):
-    """Quality 6/9 is at the threshold. Window's surprisals are 1 to 4 nats."""
+    """Quality 6/9 is at the threshold."""
     threshold = 6 / 9
     script = Script(
-        good=[well_formed(6, 6, 6, 0, 0, surprisal=2.5)],
-        better=[well_formed(5, 6, 6, 9, 9, surprisal=4.0), MALFORMED,
+        good=[well_formed(6, 6, 6, 0, 0)],
+        better=[well_formed(5, 6, 6, 9, 9), MALFORMED,
                 well_formed(7, 7, 7, 0, 0), well_formed(7, 7, 7, 1, 1)],
         bad=[MALFORMED, well_formed(1, 1, 1, 0, 0), well_formed(5, 6, 6, 0, 0), MALFORMED],
-        strange=[well_formed(9, 9, 9, 9, 9, surprisal=4.1)],
+        strange=[well_formed(9, 9, 9, 9, 9)],
     )  # fmt: skip
     rows = load_prompts(prompts_of(tmp_path, "good", "better", "bad", "strange"))
-    found = {p.id: p for p in scripted(export, script, threshold=round(threshold, 6), samples=4)
-             .predict(rows)}  # fmt: skip
+    predictor = scripted(export, script, threshold=round(threshold, 6), samples=4)
+    predictor._unlike = lambda prompt: 1.0 if prompt.id == "strange" else 0.99
+    found = {p.id: p for p in predictor.predict(rows)}
     assert {i: (p.decision, p.sample) for i, p in found.items()} == {
         "good": ("send", 0), "better": ("retry", 2), "bad": ("escalate", 2),
         "strange": ("escalate", 0),
     }  # fmt: skip
-    assert {i: p.unlike for i, p in found.items()} == {
-        "good": 0.5,
-        "better": 0.75,
-        "bad": None,
-        "strange": 1.0,
-    }
     # What is sent or unlike is not asked again.
     assert [i for i, k in script.asked if k] == ["better"] * 3 + ["bad"] * 3
     assert [why_dropped(p) for p in found.values()] == [
         None, None, "below the threshold", "unlike the training window"
     ]  # fmt: skip
-    assert "warning: unlike all of them" in render(found["strange"], 5, threshold)
+    assert "warning: the scores may mean nothing" in render(found["strange"], 5, threshold)
     assert "warning" not in render(found["better"], 5, threshold)
 
 
@@ -189,33 +185,19 @@ def test_a_models_distributions_are_those_of_a_plain_forward(export, tokenizer):
     found = list(predictor.predict(REQUESTS[:6]))  # two batches
     model = load_model(export, torch.float32).eval()
     assert len({p.text for p in found}) > 1 and sum(p.digits is not None for p in found) > 2
-    surprisals = []
     for p in found:
         ids = prompts.prompt_ids(tokenizer, p.conversation, "short")
         response = tokenizer.encode(p.text, add_special_tokens=False)
         with torch.no_grad():
             logp = model(torch.tensor([[*ids, *response]])).logits[0].log_softmax(-1)
-        start, end = prompts.conversation_span(ids, predictor.empty)
-        nats = [-logp[k - 1, ids[k]].item() for k in range(start, end)]
-        surprisals.append(sum(nats) / len(nats))
         if p.digits is None:
             continue
         for row, at in zip(p.digits, prompts.score_positions(response, tokenizer), strict=True):
             digits = list(prompts.digit_ids(response[at], tokenizer))
             known = logp[len(ids) + at - 1, digits].softmax(-1)
             assert row == pytest.approx(known.tolist(), abs=1e-4)
-    window = [prompts.prompt_ids(tokenizer, p.conversation, "short") for p in found]
-    assert predictor._loaded().reader.surprisal(window, predictor.empty) == pytest.approx(
-        surprisals, abs=1e-3
-    )
-    # An export's own way, in packs that share the template.
-    config = PolicyConfig("float32", micro_batch_tokens=900)
-    policy = load_policy(export, config)
-    assert prompt_surprisal(policy, window, predictor.empty, config) == pytest.approx(
-        surprisals, abs=1e-3
-    )
-    assert prompt_surprisal(policy, [predictor.empty], predictor.empty, config) == []
-    list(policy.full_weights())  # it is sharded again
+    assert all(p.unlike < 1 for p in found)  # of the window
+    assert predictor("Ça va bien ?").unlike == 1
     predictor.close()
 
 
@@ -240,9 +222,6 @@ class FakeModel(FakeJudge):
         logprobs = {"tokens": tokens, "top_logprobs": top}
         choice = {"text": "".join(tokens), "finish_reason": "stop", "logprobs": logprobs,
                   "stop_reason": prompts.CLOSE}  # fmt: skip
-        if "prompt_logprobs" in body:
-            rows = [{str(i): {"logprob": -k / 1000}} for k, i in enumerate(body["prompt"])]
-            choice["prompt_logprobs"] = [None, *rows[1:]]
         return json.dumps({"choices": [choice]})
 
 
@@ -254,17 +233,13 @@ def served(tokenizer):
 
 
 def test_a_served_model(export, served, tokenizer):
-    """The same prompts as token ids; digits, surprisal and answer from what the server says."""
+    """The same prompts as token ids; digits and answer from what the server says."""
     predictor = Predictor(export, url=served.url, max_tokens=120, threshold=0.9, samples=3)
     found = list(predictor.predict(REQUESTS[:4]))
     ids = [prompts.prompt_ids(tokenizer, p.conversation, "short") for p in found]
-    first = [body for body in served.bodies if "prompt_logprobs" in body]
-    assert sorted(tuple(body["prompt"]) for body in first) == sorted(ids)
-    for p, prompt in zip(found, ids, strict=True):
+    assert {tuple(body["prompt"]) for body in served.bodies} == {*ids}
+    for p in found:
         assert p.answer == "It is fine." and p.expected == p.scores and p.spread == (0.0,) * 5
-        start, end = prompts.conversation_span(prompt, predictor.empty)
-        surprisal = sum(range(start, end)) / (end - start) / 1000
-        assert p.unlike == predictor.card.unlike(surprisal)
     assert {(p.decision, p.sample > 0) for p in found} <= {
         ("send", False), ("retry", True), ("escalate", False), ("escalate", True)
     }  # fmt: skip
@@ -286,6 +261,7 @@ def test_a_killed_file_goes_on_by_id_and_is_screened(export, tmp_path, monkeypat
     answers = {i: [well_formed(k, k, k, 0, 0, answer=i)] for k, i in enumerate(ids, 2)}
     script = Script(**answers)
     monkeypatch.setattr(Predictor, "_loaded", lambda self: script)
+    monkeypatch.setattr(Predictor, "_unlike", lambda self, prompt: 0.0)
     wanted = command(export, tmp_path, data=str(prompts_of(tmp_path, *ids)), threshold=0.5,
                      screen=True)  # fmt: skip
     script.fail_at = 2

@@ -206,27 +206,3 @@ def test_stray_labels_and_fences_are_seen():
     assert prompts.stray("```py\nx = 1")["open_fence"]
     assert not prompts.stray("```py\nx = 1\n```")["open_fence"]
     assert prompts.stray("Fine.\nUser: and then?")["stray_label"]
-
-
-@pytest.mark.parametrize(
-    ("ids", "empty", "span"),
-    [
-        ([1, 2, 7, 8, 9, 5, 6], [1, 2, 5, 6], (2, 5)),
-        ([1, 2, 5, 5, 6], [1, 2, 5, 6], (3, 4)),  # no token of `empty` counts twice
-        ([7, 8, 5, 6], [5, 6], (1, 2)),  # nothing comes before the first token
-        ([7, 5, 6], [5, 6], (1, 1)),
-        ([1, 2, 5, 6], [1, 2, 5, 6], (4, 4)),
-        ([1, 2, 7, 8], [1, 2], (2, 4)),
-    ],
-)
-def test_the_conversations_tokens(ids, empty, span):
-    assert prompts.conversation_span(ids, empty) == span
-
-
-@pytest.mark.parametrize("template", prompts.TEMPLATES)
-def test_the_conversations_tokens_of_a_template(tokenizer, template):
-    turns = [{"role": "user", "content": "Say something about rain."}]
-    ids, empty = (prompts.prompt_ids(tokenizer, t, template) for t in (turns, ()))
-    start, end = prompts.conversation_span(ids, empty)
-    said = prompts.decode(tokenizer, ids[start:end])
-    assert "Say something about rain." in said and len(said) < 40

@@ -107,18 +107,13 @@ def choice(text, finish="stop", **more):
 
 def test_the_end_of_the_block_is_put_back_where_a_server_cuts_it_off():
     cut = TEXT.removesuffix(prompts.CLOSE)
-    assert read_completion(choice(TEXT), [1]).text == TEXT
-    assert read_completion(choice(cut), [1]).text == TEXT
-    assert read_completion(choice(cut, stop_reason=prompts.CLOSE), [1]).text == TEXT
+    assert read_completion(choice(TEXT)).text == TEXT
+    assert read_completion(choice(cut)).text == TEXT
+    assert read_completion(choice(cut, stop_reason=prompts.CLOSE)).text == TEXT
     # vLLM stopped at the end of the sequence: the model left the block open.
-    assert read_completion(choice(cut, stop_reason=None), [1]).text == cut
-    assert read_completion(choice(cut, "length"), [1]).text == cut
-    assert read_completion(choice("It is."), [1]).text == "It is."
-    logp = [None, {"5": {"logprob": -1.5}}, {"6": {"logprob": -0.5}, "9": {"logprob": -9.0}}]
-    assert read_completion(choice(TEXT, prompt_logprobs=logp), [4, 5, 6]).prompt_logp == [
-        -1.5,
-        -0.5,
-    ]
+    assert read_completion(choice(cut, stop_reason=None)).text == cut
+    assert read_completion(choice(cut, "length")).text == cut
+    assert read_completion(choice("It is.")).text == "It is."
 
 
 @pytest.fixture
@@ -135,7 +130,7 @@ def ask(server, key="", name="", url=None):
 
     async def both():
         await client.find_name()
-        return await client.complete([5, 6], {"max_tokens": 3, "temperature": 0.8}, 7, True)
+        return await client.complete([5, 6], {"max_tokens": 3, "temperature": 0.8}, 7)
 
     return loop.submit(asyncio.wait_for(both(), 30)).result()
 
@@ -150,7 +145,7 @@ def test_what_is_asked(server):
         7,
         3,
     )
-    assert body["stop"] == [prompts.CLOSE] and body["prompt_logprobs"] == 0
+    assert body["stop"] == [prompts.CLOSE] and body["logprobs"] == 20
     ask(server, "MY_KEY", "another")
     # No key goes to a server that none was named for.
     assert server.keys == ["Bearer none", "Bearer sk-secret-of-mine"]
@@ -166,7 +161,7 @@ FAULTS = {
               "refuses the parameter logprobs so change the server's limit to 20"),
     "path": (Reply(body="<html>hello</html>"), "not a completion .*check --url, which often ends"),
     "cut": (Reply(body=choice("x", "abort")), "not a completion .finish reason abort"),
-    "prompt": (Reply(body=choice(TEXT, prompt_logprobs=[None])), "not a completion"),
+    "no text": (Reply(body=choice(None)), "not a completion"),
 }  # fmt: skip
 
 
