@@ -33,7 +33,7 @@ import self_check
 import sft_masked
 from backend import footprint, parallel
 from backend.packing import Row, Work, share_out
-from backend.policy import export, load_policy, prompt_surprise
+from backend.policy import export, load_policy, prompt_surprisal
 from backend.sampler import choose_sampler, make_sampler
 from buffer import in_buffer, select_stratified
 from config import Config, parse
@@ -359,13 +359,13 @@ class Run:
         c, inputs, window = self.config, self.setup.inputs, self.setup.window
         drawn = random.Random(c.seed).sample(window, min(model_card.WINDOW_PROMPTS, len(window)))
         empty = prompt_ids(self.tokenizer, (), c.template, c.few_shot)
-        surprise = prompt_surprise(
+        surprisal = prompt_surprisal(
             self.policy, [inputs.prompt_ids[p.id] for p in drawn], empty, c.policy
         )
         judged = [r.judge_scores for r in self.folder.first_cycle()]
         constant = best_constant(judged) if judged else None
         judge, ids = self.collector.judge, [p.id for p in window]
-        return model_card.of_run(c, inputs.model, (cycle, step), judge, ids, surprise, constant)
+        return model_card.of_run(c, inputs.model, (cycle, step), judge, ids, surprisal, constant)
 
     def _save_in_phase_1(self, cycle: int, step: int) -> None:
         """At the phase's end without optimiser, because phase 2 starts with a fresh one."""

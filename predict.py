@@ -229,9 +229,9 @@ class Predictor:
         return one.confidence(self.scores) >= self.threshold
 
     def _unlike(self, drawn: Sequence[Drawn]) -> float | None:
-        if not drawn or drawn[0].surprise is None or self.card is None:
+        if not drawn or drawn[0].surprisal is None or self.card is None:
             return None
-        return self.card.unlike(drawn[0].surprise)
+        return self.card.unlike(drawn[0].surprisal)
 
     def _is_unlike(self, drawn: Sequence[Drawn]) -> bool:
         return (self._unlike(drawn) or 0) >= model_card.UNLIKE

@@ -262,7 +262,7 @@ def _read_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def prompt_surprise(
+def prompt_surprisal(
     policy: Policy, prompts: Sequence[Sequence[int]], empty: Sequence[int], config: PolicyConfig
 ) -> list[float]:
     """Of each prompt minus the mean log-probability, at temperature 1, of its conversation's tokens

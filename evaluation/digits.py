@@ -95,10 +95,10 @@ class Reader:
         return [log_probs[i] for i in range(len(rollouts))]
 
     @torch.inference_mode()
-    def surprise(
+    def surprisal(
         self, prompts: Sequence[Sequence[int]], empty: Sequence[int]
     ) -> list[float | None]:
-        """policy.prompt_surprise of each prompt; None without a conversation's token."""
+        """policy.prompt_surprisal of each prompt; None without a conversation's token."""
         found: dict[int, float | None] = {}
         spans = [conversation_span(ids, empty) for ids in prompts]
         for rows in _batches([len(ids) for ids in prompts]):

@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
 
     text: str
     digits: Sequence[Sequence[float]] | None  # (5, 10) probabilities
-    surprise: float | None  # of the prompt; with a prompt's first response only
+    surprisal: float | None  # of the prompt; with a prompt's first response only
 
     def figures(self, below: int) -> dict:
         """The fields of a prediction that the response decides; `below`: see p_below there."""
@@ -95,9 +95,9 @@ class InProcess:
         )  # fmt: skip
         digits = {k: digit_probabilities(x) for k, x in zip(readable, logp, strict=True)}
         first = [k for k, request in enumerate(requests) if request.sample == 0]
-        nats = self.reader.surprise([requests[k].prompt_ids for k in first], self.empty)
-        surprise = dict(zip(first, nats, strict=True))
-        return [Drawn(s.text, digits.get(k), surprise.get(k)) for k, s in enumerate(ordered)]
+        nats = self.reader.surprisal([requests[k].prompt_ids for k in first], self.empty)
+        surprisal = dict(zip(first, nats, strict=True))
+        return [Drawn(s.text, digits.get(k), surprisal.get(k)) for k, s in enumerate(ordered)]
 
     def close(self) -> None:
         self.sampler.close()

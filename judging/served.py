@@ -6,7 +6,7 @@ whatever the server's own template. The text holds the block. Its ten-digit dist
 from the server's log-probabilities, where it gives them, by the text of the tokens: at most
 `LOGPROBS` tokens a position, so that a digit which is not among them counts as 0. What vLLM alone
 knows (prompt_logprobs, include_stop_str_in_output) other servers leave out: then there is no
-surprise, and the end of the block, which the server has cut off, is put back.
+surprisal, and the end of the block, which the server has cut off, is put back.
 """
 
 import asyncio

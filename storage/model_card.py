@@ -7,7 +7,7 @@ README.md         for readers: a model card in the hub's form, with the licence 
 The folder may be published, so neither file holds a path of this machine, the judge's URL or a
 prompt; prompts of the window are named by their ids.
 
-Not in the paper: how unlike the window a prompt is, told by the model itself. `surprise` has, for
+Not in the paper: how unlike the window a prompt is, told by the model itself. `surprisal` has, for
 at most 200 prompts of the window, minus the mean log-probability of the conversation's tokens given
 the template before them, in nats a token: the logarithm of the perplexity. A new prompt's figure is
 compared with these (`unlike`). It finds text that is strange to the model. It does not find a
@@ -26,7 +26,7 @@ from storage.hub import card_header, is_id, licence
 from storage.program import commit
 
 FILE, README = "self_eval.json", "README.md"
-WINDOW_PROMPTS = 200  # of the window, whose surprise is kept
+WINDOW_PROMPTS = 200  # of the window, whose surprisal is kept
 UNLIKE = 1.0  # ModelCard.unlike of a prompt more surprising than all of these
 _PLACEHOLDER = "{REQUEST}"
 
@@ -48,18 +48,18 @@ class ModelCard:
     data: str  # hub id, or the file's name
     seed: int
     window: list[str]  # prompt ids
-    surprise: list[float]  # see above; ascending
+    surprisal: list[float]  # see above; ascending
     best_constant: Scores | None  # for the judgements of the run's first cycle; None without any
     commit: str | None
     attributes: list[str] = field(default_factory=lambda: list(ATTRIBUTES))
     scale: tuple[int, int] = (0, 9)
     held_out: dict[str, dict] = field(default_factory=dict)  # by benchmark; see add_held_out
 
-    def unlike(self, surprise: float) -> float | None:
+    def unlike(self, surprisal: float) -> float | None:
         """Share of the window's prompts that surprise the model less than this one. None without
         figures of the window."""
-        known = self.surprise
-        return bisect_left(known, surprise) / len(known) if known else None
+        known = self.surprisal
+        return bisect_left(known, surprisal) / len(known) if known else None
 
 
 def of_run(
@@ -68,11 +68,11 @@ def of_run(
     place: tuple[int, int | None],
     judge,
     window: Sequence[str],
-    surprise: Sequence[float],
+    surprisal: Sequence[float],
     constant: Scores | None,
 ) -> ModelCard:
     """The card of a run's checkpoint. `config`: the run's; `model`: its base model's folder;
-    `place`: cycle and RL step; `judge`: as judge.make_judge makes it; `surprise`: in any order."""
+    `place`: cycle and RL step; `judge`: as judge.make_judge makes it; `surprisal`: in any order."""
     settings = {"name": judge.name, "use_references": config.use_references}
     if judge.client is not None:
         settings |= {k: v for k, v in asdict(config.endpoint).items() if k != "base_url"}
@@ -90,7 +90,7 @@ def of_run(
         data=config.data if is_id(config.data) else Path(config.data).name,
         seed=config.seed,
         window=list(window),
-        surprise=sorted(round(nats, 4) for nats in surprise),
+        surprisal=sorted(round(nats, 4) for nats in surprisal),
         best_constant=constant,
         commit=commit()[0],
     )
@@ -113,8 +113,8 @@ def read_card(folder: str | Path) -> ModelCard | None:
     values = {name: row[name] for name in known}
     values |= {k: tuple(values[k]) for k in ("best_constant", "scale") if isinstance(row[k], list)}
     card = ModelCard(**values)
-    surprise = card.surprise if isinstance(card.surprise, list) else [None]
-    numbers = all(type(x) in (int, float) for x in surprise)
+    surprisal = card.surprisal if isinstance(card.surprisal, list) else [None]
+    numbers = all(type(x) in (int, float) for x in surprisal)
     valid = {
         "template": card.template in TEMPLATES,
         "few_shot": card.few_shot in FEW_SHOT,
@@ -122,7 +122,7 @@ def read_card(folder: str | Path) -> ModelCard | None:
         "sampling": isinstance(card.sampling, dict),
         "judge": isinstance(card.judge, dict) and isinstance(card.judge.get("name"), str),
         "window": isinstance(card.window, list) and all(isinstance(x, str) for x in card.window),
-        "surprise": numbers and surprise == sorted(surprise),
+        "surprisal": numbers and surprisal == sorted(surprisal),
         "best_constant": card.best_constant is None or valid_scores(card.best_constant),
         "licence": isinstance(card.licence, dict),
         "held_out": isinstance(card.held_out, dict),

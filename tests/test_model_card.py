@@ -94,7 +94,7 @@ DAMAGE = {
     "a field is missing": (lambda row: json.dumps({k: v for k, v in row.items() if k != "window"}),
                            "has no window; restore the file"),
     "template": (lambda row: json.dumps(row | {"template": "new"}), "template cannot be used"),
-    "surprise": (lambda row: json.dumps(row | {"surprise": [2, 1]}), "surprise cannot be used"),
+    "surprisal": (lambda row: json.dumps(row | {"surprisal": [2, 1]}), "surprisal cannot be used"),
     "attributes": (lambda row: json.dumps(row | {"attributes": ["truth"]}), "scores truth from"),
 }  # fmt: skip
 

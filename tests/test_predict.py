@@ -14,7 +14,7 @@ from fake_judge import FakeJudge, Reply
 
 import predict
 import prompts
-from backend.policy import PolicyConfig, load_model, load_policy, prompt_surprise
+from backend.policy import PolicyConfig, load_model, load_policy, prompt_surprisal
 from config import PRESETS
 from evaluation import risk
 from evaluation.responses import Drawn
@@ -48,9 +48,9 @@ def one_hot(*scores):
     return [[float(d == s) for d in range(10)] for s in scores]
 
 
-def well_formed(*scores, answer="Fine.", digits=True, surprise=None):
+def well_formed(*scores, answer="Fine.", digits=True, surprisal=None):
     text = prompts.render_response(answer, scores)
-    return Drawn(text, one_hot(*scores) if digits else None, surprise)
+    return Drawn(text, one_hot(*scores) if digits else None, surprisal)
 
 
 MALFORMED = Drawn("Fine.", None, None)
@@ -137,14 +137,14 @@ def prompts_of(tmp_path, *ids):
 
 
 def test_send_retry_escalate(export, tmp_path):
-    """Quality 6/9 is at the threshold. Window's surprises are 1 to 4 nats."""
+    """Quality 6/9 is at the threshold. Window's surprisals are 1 to 4 nats."""
     threshold = 6 / 9
     script = Script(
-        good=[well_formed(6, 6, 6, 0, 0, surprise=2.5)],
-        better=[well_formed(5, 6, 6, 9, 9, surprise=4.0), MALFORMED,
+        good=[well_formed(6, 6, 6, 0, 0, surprisal=2.5)],
+        better=[well_formed(5, 6, 6, 9, 9, surprisal=4.0), MALFORMED,
                 well_formed(7, 7, 7, 0, 0), well_formed(7, 7, 7, 1, 1)],
         bad=[MALFORMED, well_formed(1, 1, 1, 0, 0), well_formed(5, 6, 6, 0, 0), MALFORMED],
-        strange=[well_formed(9, 9, 9, 9, 9, surprise=4.1)],
+        strange=[well_formed(9, 9, 9, 9, 9, surprisal=4.1)],
     )  # fmt: skip
     rows = load_prompts(prompts_of(tmp_path, "good", "better", "bad", "strange"))
     found = {p.id: p for p in scripted(export, script, threshold=round(threshold, 6), samples=4)
@@ -189,7 +189,7 @@ def test_a_models_distributions_are_those_of_a_plain_forward(export, tokenizer):
     found = list(predictor.predict(REQUESTS[:6]))  # two batches
     model = load_model(export, torch.float32).eval()
     assert len({p.text for p in found}) > 1 and sum(p.digits is not None for p in found) > 2
-    surprises = []
+    surprisals = []
     for p in found:
         ids = prompts.prompt_ids(tokenizer, p.conversation, "short")
         response = tokenizer.encode(p.text, add_special_tokens=False)
@@ -197,7 +197,7 @@ def test_a_models_distributions_are_those_of_a_plain_forward(export, tokenizer):
             logp = model(torch.tensor([[*ids, *response]])).logits[0].log_softmax(-1)
         start, end = prompts.conversation_span(ids, predictor.empty)
         nats = [-logp[k - 1, ids[k]].item() for k in range(start, end)]
-        surprises.append(sum(nats) / len(nats))
+        surprisals.append(sum(nats) / len(nats))
         if p.digits is None:
             continue
         for row, at in zip(p.digits, prompts.score_positions(response, tokenizer), strict=True):
@@ -205,16 +205,16 @@ def test_a_models_distributions_are_those_of_a_plain_forward(export, tokenizer):
             known = logp[len(ids) + at - 1, digits].softmax(-1)
             assert row == pytest.approx(known.tolist(), abs=1e-4)
     window = [prompts.prompt_ids(tokenizer, p.conversation, "short") for p in found]
-    assert predictor._loaded().reader.surprise(window, predictor.empty) == pytest.approx(
-        surprises, abs=1e-3
+    assert predictor._loaded().reader.surprisal(window, predictor.empty) == pytest.approx(
+        surprisals, abs=1e-3
     )
     # An export's own way, in packs that share the template.
     config = PolicyConfig("float32", micro_batch_tokens=900)
     policy = load_policy(export, config)
-    assert prompt_surprise(policy, window, predictor.empty, config) == pytest.approx(
-        surprises, abs=1e-3
+    assert prompt_surprisal(policy, window, predictor.empty, config) == pytest.approx(
+        surprisals, abs=1e-3
     )
-    assert prompt_surprise(policy, [predictor.empty], predictor.empty, config) == []
+    assert prompt_surprisal(policy, [predictor.empty], predictor.empty, config) == []
     list(policy.full_weights())  # it is sharded again
     predictor.close()
 
@@ -254,7 +254,7 @@ def served(tokenizer):
 
 
 def test_a_served_model(export, served, tokenizer):
-    """The same prompts as token ids; digits, surprise and answer from what the server says."""
+    """The same prompts as token ids; digits, surprisal and answer from what the server says."""
     predictor = Predictor(export, url=served.url, max_tokens=120, threshold=0.9, samples=3)
     found = list(predictor.predict(REQUESTS[:4]))
     ids = [prompts.prompt_ids(tokenizer, p.conversation, "short") for p in found]
@@ -263,8 +263,8 @@ def test_a_served_model(export, served, tokenizer):
     for p, prompt in zip(found, ids, strict=True):
         assert p.answer == "It is fine." and p.expected == p.scores and p.spread == (0.0,) * 5
         start, end = prompts.conversation_span(prompt, predictor.empty)
-        surprise = sum(range(start, end)) / (end - start) / 1000
-        assert p.unlike == predictor.card.unlike(surprise)
+        surprisal = sum(range(start, end)) / (end - start) / 1000
+        assert p.unlike == predictor.card.unlike(surprisal)
     assert {(p.decision, p.sample > 0) for p in found} <= {
         ("send", False), ("retry", True), ("escalate", False), ("escalate", True)
     }  # fmt: skip
