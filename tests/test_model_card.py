@@ -73,7 +73,7 @@ def test_unlike_by_hand(card):
     )
     assert card.unlike({1, 2, 3, 4}) == 0  # a prompt of the window
     assert card.unlike({1, 2, 3}) == 0  # 3 / sqrt(12) = 0.87
-    assert card.unlike({1, 2, 10, 11}) == 0  # 2 / sqrt(8): as much as the least alike have
+    assert card.unlike({1, 2, 10, 11}) == 0.5  # 2 / sqrt(8): no less than the least alike have
     assert card.unlike({1, 2, 3, 4, 10, 11, 12}) == 0.5  # 4 / sqrt(28) = 0.756
     far = card.unlike({1, 2, 10, 11, 12})  # 2 / sqrt(10) = 0.63
     assert far == 1 and model_card.is_far(far) and card.unlike(set()) == card.unlike({99}) == 1

@@ -89,7 +89,8 @@ def test_which_scores_a_threshold_is_about(export, tmp_path):
     for scores, expected in quality.items():
         assert full.confidence(scores) == pytest.approx(expected, abs=1e-5)
         assert MALFORMED.confidence(scores) == -1
-    assert plain.confidence() == plain.confidence("sampled") == pytest.approx(22 / 27, abs=1e-5)
+    for scores in (None, "sampled"):
+        assert plain.confidence(scores) == pytest.approx(22 / 27, abs=1e-5)
     assert plain.confidence("expected") == -1  # that promise was about distributions
     for scores, decision in (("expected", "escalate"), ("sampled", "send")):
         found = Threshold(0.7, 0.1, "bad", 0.5, 0.05, 100, 0.5, 0.0, scores)
