@@ -306,14 +306,14 @@ class EvaluationConfig(EvaluationSettings):
     def main_models(self) -> dict[str, str]:
         """Folder by name; of a run its newest checkpoint. Raises ValueError for a name that is
         given twice or is not valid as a folder name, and for a run without a checkpoint."""
-        return {m: str(_checkpoints(folder)[-1]) for m, folder in self._models().items()}
+        return {m: str(checkpoints(folder)[-1]) for m, folder in self._models().items()}
 
-    def earlier_checkpoints(self) -> dict[str, tuple[str, str]]:
+    def earliercheckpoints(self) -> dict[str, tuple[str, str]]:
         """(name of the run's newest checkpoint, folder) by name."""
         return {
             f"{m}_{checkpoint.name}": (m, str(checkpoint))
             for m, folder in self._models().items()
-            for checkpoint in map(Path, _checkpoints(folder)[:-1])
+            for checkpoint in map(Path, checkpoints(folder)[:-1])
         }
 
     def _models(self) -> dict[str, str]:
@@ -336,7 +336,7 @@ class EvaluationConfig(EvaluationSettings):
     def cells(self) -> dict[tuple[str, str], CellConfig]:
         """Cells by (model, benchmark), the earlier checkpoints last. Raises ValueError as
         main_models does, and for two models of one name."""
-        models, earlier = self.main_models(), self.earlier_checkpoints()
+        models, earlier = self.main_models(), self.earliercheckpoints()
         if twice := models.keys() & earlier.keys():
             raise ValueError(f"--models: {min(twice)} is a checkpoint of a run too; rename one")
         models |= {name: folder for name, (_, folder) in earlier.items()}
@@ -350,13 +350,14 @@ class EvaluationConfig(EvaluationSettings):
         }
 
 
-def _checkpoints(folder: str) -> list[str]:
-    """A run's checkpoints, oldest first; the folder itself if it is no run's. Raises ValueError."""
+def checkpoints(folder: str) -> list[str]:
+    """A run's checkpoints, oldest first; the name itself if it is no run's folder. Raises
+    ValueError."""
     run = RunFolder(Path(folder))
     if not run.window_file.is_file():
         return [folder]
     if not (checkpoints := run.checkpoints()):
-        raise ValueError(f"--models: the run {folder} has no checkpoint yet; let it end a cycle")
+        raise ValueError(f"the run {folder} has no checkpoint yet; let it end a cycle")
     return list(map(str, checkpoints))
 
 

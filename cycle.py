@@ -36,15 +36,18 @@ from backend.policy import export, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from buffer import in_buffer, select_stratified
 from config import Config, parse
+from evaluation.predictors import best_constant
 from grpo import group_advantages, reference_logps, response_row, rewards_of, rl_step
 from judge import make_judge, with_judge_url
 from judging.client import Background, JudgeError
 from plan import Setup, describe, prepare, resolve, step_batches
 from rollout import Collector, Sampled, rollout_means
 from sft_masked import distillation_row, sft_step
+from storage import model_card
 from storage.data import Prompt
 from storage.files import FileError, WriteError, append_line, read_json, write_text
 from storage.logbook import Clock, coloured, open_folder, open_wandb
+from storage.model_card import ModelCard
 from storage.progress import progress
 from storage.record import Rollout, read_rollouts
 
@@ -342,10 +345,20 @@ class Run:
     def _export(self, cycle: int, step: int | None = None) -> None:
         """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
         with self.clock("saving"):
-            export(self.policy, self.setup.inputs.model, self.folder.checkpoint(cycle, step))
+            card = model_card.card_files(self._card(cycle, step))
+            source, target = self.setup.inputs.model, self.folder.checkpoint(cycle, step)
+            export(self.policy, source, target, card)
         if self.config.keep_checkpoints and parallel.rank() == 0:
             for old in self.folder.checkpoints()[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
+
+    def _card(self, cycle: int, step: int | None) -> ModelCard:
+        """What a checkpoint says about itself; the same on all ranks."""
+        judged = [r.judge_scores for r in self.folder.first_cycle()]
+        constant = best_constant(judged) if judged else None
+        model, judge = self.setup.inputs.model, self.collector.judge
+        place, window = (cycle, step), self.setup.window
+        return model_card.of_run(self.config, model, place, judge, window, self.tokenizer, constant)
 
     def _save_in_phase_1(self, cycle: int, step: int) -> None:
         """At the phase's end without optimiser, because phase 2 starts with a fresh one."""

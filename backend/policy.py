@@ -15,7 +15,7 @@ files, so that no rank ever holds the whole model.
 Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -260,9 +260,12 @@ def _read_weights(model: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"model {folder}: its files lack {', '.join(sorted(shards))}")
 
 
-def export(policy: Policy, source: Path, folder: Path) -> None:
+def export(
+    policy: Policy, source: Path, folder: Path, texts: Mapping[str, str] | None = None
+) -> None:
     """Write a standard Hugging Face folder in bf16, which from_pretrained and vLLM can load;
-    `source` is the folder that the model came from. Collective. Raises WriteError."""
+    `source` is the folder that the model came from, `texts` are further files by name. Collective.
+    Raises WriteError."""
     weights = {}
     for name, tensor in policy.full_weights(torch.bfloat16):
         if parallel.rank() == 0:
@@ -275,5 +278,7 @@ def export(policy: Policy, source: Path, folder: Path) -> None:
             except SafetensorError as error:
                 raise OSError(str(error)) from None
             write_settings(source, temporary, type(policy.model).__name__)
+            for name, text in (texts or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
 
     parallel.write_on_rank_0(folder, write)

@@ -119,10 +119,10 @@ def figure_2(results: Results, path: Path) -> Drawn | None:
                 by_model = {results.base: Costs(0, 0, 0, 0)} | by_model
             points = [column(results.cells(benchmark, model)) for model in by_model]
             for k, axis in enumerate(row):
-                _line(axis, [cost[k] for cost in by_model.values()], points, names[run], looks[run])
+                line(axis, [cost[k] for cost in by_model.values()], points, names[run], looks[run])
                 axis.set(xlabel=COSTS[k], ylabel=f"{name}, {benchmark}")
     title = "Figure 2: quality and calibration over sample-passes and other costs"
-    return _save(fig, path, title, {names[run]: look for run, look in looks.items()})
+    return save(fig, path, title, {names[run]: look for run, look in looks.items()})
 
 
 def starts_at_base(results: Results, model: str) -> bool:
@@ -160,7 +160,7 @@ def figure_3(results: Results, path: Path) -> Drawn:
             axis.bar(np.arange(5) + k * width, [x.mean or 0 for x in bars], width,
                      yerr=_error_bars(bars), label=model, color=colour(k))  # fmt: skip
         axis.set_xticks(np.arange(5) + 0.4 - width / 2, ATTRIBUTES, rotation=20)
-    return _save(fig, path, "Figure 3: calibration by attribute", _looks(results.models))
+    return save(fig, path, "Figure 3: calibration by attribute", _looks(results.models))
 
 
 def figure_4(results: Results, path: Path) -> Drawn:
@@ -174,10 +174,10 @@ def figure_4(results: Results, path: Path) -> Drawn:
         for k, model in enumerate(results.models):
             points = [column(results.cells(benchmark, model)) for column in columns]
             given = [score for score in range(10) if points[score].mean is not None]
-            _line(axis, given, [points[score] for score in given], model, k)
+            line(axis, given, [points[score] for score in given], model, k)
         axis.set_xlabel("judge's score (extreme ones are partly noise: the judge's own mean\n"
                         "for an answer would fall off at both ends too)")  # fmt: skip
-    return _save(fig, path, "Figure 4: calibration by the judge's score", _looks(results.models))
+    return save(fig, path, "Figure 4: calibration by the judge's score", _looks(results.models))
 
 
 def reliability(results: Results, path: Path) -> Drawn:
@@ -194,9 +194,9 @@ def reliability(results: Results, path: Path) -> Drawn:
                 cells = results.cells(benchmark, model)
                 points = [mean(lambda c, a=a, k=k: judged_where(c, a, k))(cells) for k in range(10)]
                 points = {k: x for k, x in enumerate(points) if isinstance(x, Interval) and x.n}
-                _line(axis, list(points), list(points.values()), model, look)
+                line(axis, list(points), list(points.values()), model, look)
     title = "Reliability: the judge's mean by the model's score"
-    return _save(fig, path, title, _looks(results.models))
+    return save(fig, path, title, _looks(results.models))
 
 
 def by_judge_score(c: Cell, score: int) -> Values:
@@ -233,7 +233,7 @@ def training(runs: Sequence[Path], path: Path, results: Results | None = None) -
             axis.axvline(end, color="gray", linewidth=0.4)
         axis.set_xlabel("sample-passes")
         axis.set_ylabel(name.replace("_", " "))
-    return _save(fig, path, "Training: means over each RL step's own rollouts", looks)
+    return save(fig, path, "Training: means over each RL step's own rollouts", looks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def _error_bars(points: Sequence[Interval]) -> np.ndarray:
     return np.abs(np.reshape(bars, (-1, 2))).T
 
 
-def _line(
+def line(
     axis: plt.Axes, x: Sequence[float], points: Sequence[Interval], label: str, look: int
 ) -> None:
     """`look`: number of its colour and marker."""
@@ -303,7 +303,7 @@ def colour(look: int) -> str:
     return COLOURS[look % len(COLOURS)]
 
 
-def _save(fig: plt.Figure, path: Path, title: str, looks: Mapping[str, int]) -> Drawn:
+def save(fig: plt.Figure, path: Path, title: str, looks: Mapping[str, int]) -> Drawn:
     """`looks`: label -> number of its colour."""
     legend = fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center",
                         ncols=len(looks), frameon=False)  # fmt: skip

@@ -65,7 +65,7 @@ def views(tables: Sequence[Table], results: Results | None) -> list[dict]:
         if table.title == COMPARISONS:
             rows = table.frame.to_dict("records")
             starred = {(k, "mean") for k, row in enumerate(rows) if significant(row)}
-        elif table is tables[0]:
+        elif results and table is tables[0]:
             comparisons = next((t for t in tables if t.title == COMPARISONS), None)
             differ = differ_from_base(comparisons, results.base) if comparisons else ()
             names = zip(table.frame["benchmark"], table.frame["model"], strict=True)

@@ -299,7 +299,7 @@ class Evaluation:
 def load_evaluation(path: Path) -> Evaluation:
     """Raises ValueError for a folder without results."""
     folder = EvaluationFolder(path)
-    cells = {key: _load_cell(*key, cell) for key, cell in folder.cells().items()}
+    cells = {key: load_cell(*key, cell) for key, cell in folder.cells().items()}
     if not cells and RunFolder(path).window_file.exists():
         raise ValueError(
             f"{path} is a run; give it to --runs, and results/NAME of evaluate.py here"
@@ -332,7 +332,7 @@ def load_evaluation(path: Path) -> Evaluation:
     return evaluation
 
 
-def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
+def load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
     config = folder.config()
     config.setdefault("training_run", config.get("window", ""))  # "window": its older name
     rollouts = sorted(folder.answers(), key=lambda r: (r.prompt_id, r.sample))
@@ -356,6 +356,19 @@ def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
         preferences=lines(folder.preferences_file),
         summary=folder.summary(),
     )
+
+
+def load_one_cell(path: Path) -> Cell:
+    """The cell of a folder results/NAME/BENCHMARK/MODEL, or of a results/NAME that has one. Raises
+    ValueError."""
+    cells = EvaluationFolder(path).cells()
+    if CellFolder(path).rollouts_file.exists():
+        cells = {(path.parent.name, path.name): CellFolder(path)}
+    if len(cells) != 1:
+        names = ", ".join(map(str, cells.values())) or "results/NAME/BENCHMARK/MODEL of evaluate.py"
+        raise ValueError(f"{path}: one model's answers to one benchmark are needed; give {names}")
+    [(key, folder)] = cells.items()
+    return load_cell(*key, folder)
 
 
 def load_run(path: Path) -> Cell:

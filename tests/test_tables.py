@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import report
-from evaluation import comparison_tables, control_tables, efficiency, error_tables, intervals
+from evaluation import (
+    comparison_tables,
+    control_tables,
+    efficiency,
+    error_tables,
+    intervals,
+    use_tables,
+)
 from evaluation.intervals import Estimate
 from evaluation.results import Cell, Evaluation, Window
 from evaluation.table import Results, mean
@@ -80,6 +87,41 @@ def test_the_metric_has_the_papers_exponent_whatever_the_reward_had():
     cell = e.cells["one", "base"]
     assert cell.calibration == pytest.approx([4 / 9] * 12)
     assert cell.attribute_calibration[0] == pytest.approx([4 / 9] * 5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Uses
+
+
+def test_what_is_sent_at_equal_judge_budget():
+    """The judge's scores are 0, ..., 8 and again 0, 1, 2. One model knows them, one says their
+    opposite; a quarter are three answers. The longest answer is the best, the others are alike."""
+    judge = [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]
+    e = evaluation("a", {
+        ("one", "base"): pairs([9 - j for j in judge], judge), ("one", "see"): pairs(judge, judge)
+    })  # fmt: skip
+    cell = e.cells["one", "see"]
+    cell.rollouts[8] = dataclasses.replace(cell.rollouts[8], answer="A longer answer.")
+    rows = {
+        (r["model"], r["sent"]): r for r in use_tables.sent(Results([e])).frame.to_dict("records")
+    }
+    best, mean, worst = (8 + 7 + 6) / 27, sum(judge) / 12 / 9, (0 + 0 + 1) / 27
+    top, low = rows["see", "25%"], rows["base", "25%"]
+    assert math.isclose(top["self-evaluation"].mean, best)
+    assert math.isclose(low["self-evaluation"].mean, worst)
+    assert math.isclose(low["oracle"].mean, best)
+    for name in ("random", "best constant"):
+        assert math.isclose(top[name].mean, mean)
+        np.testing.assert_allclose(top[name], rows["see", "75%"][name])
+    assert math.isclose(top["gain"].mean, best - mean) and math.isclose(
+        low["gain"].mean, worst - mean
+    )
+    # The 8, and two of the eleven others.
+    others = (sum(judge) - 8) / 11
+    assert math.isclose(top["longest first"].mean, (8 + 2 * others) / 27)
+    assert math.isclose(top["shortest first"].mean, others / 9)
+    half = (8 + 7 + 6 + 5 + 4 + 3) / 54
+    assert math.isclose(rows["see", "50%"]["self-evaluation"].mean, half)
 
 
 # --------------------------------------------------------------------------------------------------
