@@ -238,13 +238,13 @@ def write_page(
     }
     summary = [
         ("Drift", list(lines)),
-        *((f"In the {name}", render(summarise(x, cell.gamma)).split("\n")[:5])
+        *((f"In the {name}", render(summarise(x)).split("\n")[:5])
           for name, x in rows.items()),
         ("Compared with", [str(command.reference)]),
         (COMMANDS, [shlex.join(words)]),
     ]  # fmt: skip
     html = page.page(
-        command.log.name, cell.gamma, summary, "prompts", drawn, tables, None,
+        command.log.name, summary, "prompts", drawn, tables, None,
         answers.shown([cell], command.show),
     )  # fmt: skip
     write_text(out / "watch.html", html)

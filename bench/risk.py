@@ -148,7 +148,7 @@ def first(command: Command, before: drift.Watched, after: drift.Watched, seed: i
 def figures(cell: Cell, k: np.ndarray, lower: int = 0) -> drift.Watched:
     """Of these answers, by a judge whose scores are lower by so much."""
     j = np.clip(cell.j[k] - lower, 0, 9)
-    return {"calibration": calibrations(cell.s[k], j, cell.gamma), "quality": qualities(j)}
+    return {"calibration": calibrations(cell.s[k], j), "quality": qualities(j)}
 
 
 def kinds(cell: Cell) -> np.ndarray:
