@@ -126,13 +126,16 @@ def figure_2(results: Results, path: Path) -> Drawn | None:
 
 
 def starts_at_base(results: Results, model: str) -> bool:
-    """Whether the run of this checkpoint was trained from the base that stands in the tables."""
+    """Whether the run of this checkpoint was trained from the base that stands in the tables; True
+    for a run without config.json."""
     base, checkpoint = (
         Path(results.cells(results.benchmarks[0], m)[0].config["model"])
         for m in (results.base, model)
     )
-    trained_from = RunFolder(checkpoint.parent.parent).config()["model"]
-    return Path(trained_from).resolve() == base.resolve()
+    run = RunFolder(checkpoint.parent.parent)
+    if not run.config_file.exists():
+        return True
+    return Path(run.config()["model"]).resolve() == base.resolve()
 
 
 def looks_of_runs(results: Results | None, runs: Iterable[str]) -> dict[str, int]:
