@@ -494,7 +494,7 @@ def test_lines_on_older_weights_do_not_count(made):
 def test_figure_3_shows_calibration(made, tmp_path, monkeypatch):
     """A bar for each model and attribute; models in their order."""
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, *_: drawn.append(figure) or True)
+    monkeypatch.setattr(figures, "save", lambda figure, *_: drawn.append(figure) or True)
     assert figures.figure_3(Results([load_evaluation(made.root / "x")]), tmp_path / "f")
     [axis] = drawn[0].axes
     for bars, answers in zip(axis.containers[1::2], (BASE[:3], SEE), strict=True):
