@@ -308,7 +308,7 @@ class EvaluationConfig(EvaluationSettings):
         given twice or is not valid as a folder name, and for a run without a checkpoint."""
         return {m: str(checkpoints(folder)[-1]) for m, folder in self._models().items()}
 
-    def earliercheckpoints(self) -> dict[str, tuple[str, str]]:
+    def earlier_checkpoints(self) -> dict[str, tuple[str, str]]:
         """(name of the run's newest checkpoint, folder) by name."""
         return {
             f"{m}_{checkpoint.name}": (m, str(checkpoint))
@@ -336,7 +336,7 @@ class EvaluationConfig(EvaluationSettings):
     def cells(self) -> dict[tuple[str, str], CellConfig]:
         """Cells by (model, benchmark), the earlier checkpoints last. Raises ValueError as
         main_models does, and for two models of one name."""
-        models, earlier = self.main_models(), self.earliercheckpoints()
+        models, earlier = self.main_models(), self.earlier_checkpoints()
         if twice := models.keys() & earlier.keys():
             raise ValueError(f"--models: {min(twice)} is a checkpoint of a run too; rename one")
         models |= {name: folder for name, (_, folder) in earlier.items()}
