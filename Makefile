@@ -49,7 +49,7 @@ demo-full: .venv/ready
 
 # A worker for each core, four at most, each with one thread; a file's tests stay together.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready
 	$(PY) -m ruff check .
