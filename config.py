@@ -193,7 +193,7 @@ _TINY = dict(
     sample_rows=128,
     sampling=SamplingParams(max_tokens=64),
     grpo=GRPOConfig(lr=1e-4),
-    sft=SFTConfig(lr=1e-4),
+    sft=SFTConfig(lr=2e-4),
     # Sharing a prefix does not pay for prompts of about 20 tokens.
     policy=PolicyConfig(
         "float32", shared_prefix=False, micro_batch_tokens=8192, gradient_checkpointing=False
@@ -306,14 +306,14 @@ class EvaluationConfig(EvaluationSettings):
     def main_models(self) -> dict[str, str]:
         """Folder by name; of a run its newest checkpoint. Raises ValueError for a name that is
         given twice or is not valid as a folder name, and for a run without a checkpoint."""
-        return {m: str(_checkpoints(folder)[-1]) for m, folder in self._models().items()}
+        return {m: str(checkpoints(folder)[-1]) for m, folder in self._models().items()}
 
     def earlier_checkpoints(self) -> dict[str, tuple[str, str]]:
         """(name of the run's newest checkpoint, folder) by name."""
         return {
             f"{m}_{checkpoint.name}": (m, str(checkpoint))
             for m, folder in self._models().items()
-            for checkpoint in map(Path, _checkpoints(folder)[:-1])
+            for checkpoint in map(Path, checkpoints(folder)[:-1])
         }
 
     def _models(self) -> dict[str, str]:
@@ -350,13 +350,14 @@ class EvaluationConfig(EvaluationSettings):
         }
 
 
-def _checkpoints(folder: str) -> list[str]:
-    """A run's checkpoints, oldest first; the folder itself if it is no run's. Raises ValueError."""
+def checkpoints(folder: str) -> list[str]:
+    """A run's checkpoints, oldest first; the name itself if it is no run's folder. Raises
+    ValueError."""
     run = RunFolder(Path(folder))
     if not run.window_file.is_file():
         return [folder]
     if not (checkpoints := run.checkpoints()):
-        raise ValueError(f"--models: the run {folder} has no checkpoint yet; let it end a cycle")
+        raise ValueError(f"the run {folder} has no checkpoint yet; let it end a cycle")
     return list(map(str, checkpoints))
 
 

@@ -37,15 +37,18 @@ from backend.policy import export, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from buffer import in_buffer, select_stratified
 from config import Config, parse
+from evaluation.predictors import best_constant
 from grpo import group_advantages, reference_logps, response_row, rewards_of, rl_step
 from judge import make_judge, with_judge_url
 from judging.client import Background, JudgeError
 from plan import Setup, describe, prepare, resolve, step_batches
 from rollout import Collector, Sampled, rollout_means
 from sft_masked import distillation_row, sft_step
+from storage import model_card
 from storage.data import Prompt
 from storage.files import FileError, WriteError, append_line, read_json, write_text
 from storage.logbook import Clock, coloured, open_folder, open_wandb
+from storage.model_card import ModelCard
 from storage.progress import progress
 from storage.record import Rollout, read_rollouts
 
@@ -352,6 +355,14 @@ class Run:
 
     # The saver's thread writes; before it gets more, all that it has must be on file.
 
+    def _card(self, cycle: int, step: int | None) -> ModelCard:
+        """What a checkpoint says about itself; the same on all ranks."""
+        judged = [r.judge_scores for r in self.folder.first_cycle()]
+        constant = best_constant(judged) if judged else None
+        model, judge = self.setup.inputs.model, self.collector.judge
+        place, window = (cycle, step), self.setup.window
+        return model_card.of_run(self.config, model, place, judge, window, self.tokenizer, constant)
+
     def _save_in_phase_1(self, cycle: int, step: int) -> None:
         """At the phase's end without optimiser, because phase 2 starts with a fresh one."""
         every, last = self.config.save_every, step == self.config.rl_steps
@@ -369,7 +380,8 @@ class Run:
         """A checkpoint for use; the oldest beyond `keep_checkpoints` are deleted."""
         folder = self.folder.checkpoint(cycle, step)
         with self.clock("saving"):
-            export(self.policy, self.setup.inputs.model, folder, self.saver)
+            card = model_card.card_files(self._card(cycle, step))
+            export(self.policy, self.setup.inputs.model, folder, card, self.saver)
         if keep := self.config.keep_checkpoints:
             delete = partial(self.folder.delete_checkpoints, keep)
             self.saver.start(partial(parallel.write_on_rank_0, folder.parent, delete))

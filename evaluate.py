@@ -21,17 +21,17 @@ benchmark, is done once: other models or benchmarks under the same name add cell
 """
 
 import dataclasses
-import hashlib
 import json
 import random
 import sys
+import warnings
 from pathlib import Path
 
 import tyro
 
 from backend import parallel
 from backend.launch import Watcher, check_gpu, refuse_restart
-from backend.model_folder import check_model_folder, check_weights
+from backend.model_folder import check_model_folder, check_weights, weights_id
 from backend.policy import PolicyConfig, load_policy
 from backend.sampler import choose_sampler, make_sampler
 from config import EVALUATION_MAY_CHANGE, RENAMED, CellConfig, EvaluationConfig
@@ -49,6 +49,7 @@ from storage.data import Prompt, load_prompts, near_duplicates
 from storage.files import FileError, WriteError, read_json, write_text
 from storage.hub import data_file, fetch_weights
 from storage.logbook import Clock, check_same_config, open_folder
+from storage.model_card import add_held_out, check_template, read_card
 from storage.progress import progress
 from storage.record import answer_text, read_rollouts
 from storage.run_folder import RunFolder
@@ -64,6 +65,8 @@ def prepare(cell: CellConfig) -> Inputs:
     """Read a cell's model folder and prompts; the returned prompts are those to answer. Raises
     ValueError."""
     inputs = read_inputs(cell)
+    if card := read_card(inputs.model):
+        check_template(inputs.model, card, cell.template, cell.few_shot)
     run = RunFolder(Path(cell.training_run))
     trained = training_prompts(run) if cell.training_run else {}
     prompts = [p for p in inputs.prompts if p.id not in trained]
@@ -183,12 +186,6 @@ def obstacles(config: EvaluationConfig, cell: CellConfig) -> list[str]:
 # Answers
 
 
-def weights_id(folder: Path) -> str:
-    """Changes when the weight files change, so that answers of other weights are not reused."""
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors")]
-    return hashlib.blake2b(repr(sorted(stats)).encode(), digest_size=8).hexdigest()
-
-
 def hand_over(sampler, cell: CellConfig, inputs: Inputs) -> None:
     """Load the cell's checkpoint into the sampler, if it has another's weights. Collective."""
     version = weights_id(inputs.model)
@@ -248,7 +245,7 @@ def answer_prompts(
         collector.wait_for_judge(sampled)
     by_sample = {(r.prompt_id, r.sample): r for r in answers()}
     rows = [(r.prompt_id, r.self_scores, r.judge_scores) for _, r in sorted(by_sample.items())]
-    table = summarise(rows, cell.reward.gamma)
+    table = summarise(rows)
     if rank == 0:
         shown = sum(bool(p.references) for p in prompts) if cell.use_references else 0
         summary = {"judge": judge.name, "prompts": len(prompts), "with_references": shown}
@@ -259,6 +256,13 @@ def answer_prompts(
         summary["not_judged"] = sum(r.refused is not None for r in by_sample.values())
         summary["metrics"] = {name: interval._asdict() for name, interval in table.items()}
         folder.add_to_summary(summary)
+        if Path(cell.model).is_dir():  # not one in the hub's cache
+            shown = {name: summary[name] for name in ("judge", "prompts", "metrics")}
+            ids = [p.id for p in prompts]
+            try:
+                add_held_out(inputs.model, folder.path.parent.name, shown, ids)
+            except WriteError as error:
+                warnings.warn(f"the model card stays without these figures: {error}", stacklevel=2)
     return table
 
 

@@ -159,6 +159,15 @@ def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
     return ids if decoded == digits else None
 
 
+def digit_offsets(text: str) -> tuple[int, ...] | None:
+    """Where the five score digits stand in the text of a response; None if it is malformed."""
+    if parse_self_eval(text) is None:
+        return None
+    block = text.index(OPEN) + len(OPEN)
+    body = _BODY.fullmatch(text[block:])
+    return tuple(block + body.start(group) for group in range(1, len(ATTRIBUTES) + 1))
+
+
 def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | None:
     """Positions of the five score tokens in a response's ids, in the order of ATTRIBUTES.
 
@@ -166,13 +175,11 @@ def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | No
     """
     ids = list(token_ids)
     text = decode(tokenizer, ids)
-    if parse_self_eval(text) is None:
+    digits_at = digit_offsets(text)
+    if digits_at is None:
         return None
     # The block ends the text and is ASCII: give each token, from the last on, the characters that
     # it adds to the tokens before it, and find the five digits by their distance from the end.
-    answer_end = text.index(OPEN) + len(OPEN)
-    body = _BODY.fullmatch(text[answer_end:])
-    digits_at = [answer_end + body.start(group) for group in range(1, len(ATTRIBUTES) + 1)]
     positions: list[int] = []
     k, begin = len(ids), len(text)  # tokens from k on write the text from `begin` on
     for digit_at in reversed(digits_at):

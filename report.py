@@ -6,8 +6,9 @@ no judge is asked.
     python report.py results/paper --beside results/paper-greedy results/paper-varied
     python report.py --runs runs/see
 
-Several folders are evaluations of runs with other seeds; those given to --beside have other
-settings and get columns of their own. Writes
+Several folders are evaluations of runs with other seeds; a model that only some of them have is
+shown for these, and the tables say for how many. Those given to --beside have other settings and
+get columns of their own. Writes
 
     tables.txt  tables.md  csv/         all tables; in csv/ one file for each table
     figure2.png ... training.png        where there is something to draw
@@ -80,7 +81,9 @@ def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
         others = by_settings([load_evaluation(folder) for folder in command.beside])
         tables = make_tables(results, others)
         every = [cell for _, _, cells in results.each() for cell in cells] + trained
-        first = [cells[0] for _, _, cells in results.each()] + trained
+        shown_first = results.evaluations[0]
+        first = [c for _, _, cells in results.each() for c in cells if c.evaluation is shown_first]
+        first += trained
     out = command.out
     (out / "csv").mkdir(parents=True, exist_ok=True)
     for table in tables:
@@ -95,7 +98,7 @@ def run(command: Command, words: Sequence[str] = ("report.py",)) -> str:
     drawn = draw(results, command.runs, out)
     shown = answers.shown(first, command.show)
     units = summary.units(every)
-    html = page.page(title, every[0].gamma, head, units, drawn, tables, results, shown)
+    html = page.page(title, head, units, drawn, tables, results, shown)
     write_text(out / "report.html", html)
     return text
 

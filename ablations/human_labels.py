@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import cycle
 from prompts import render_response, score_positions
+from storage.files import FileError
 
 
 class Labelled(cycle.Run):
@@ -17,6 +18,8 @@ class Labelled(cycle.Run):
                 row = replace(buffer[0], prompt_id=p.id, sample=k, judge_scores=label.scores)
                 row = replace(row, prompt_ids=self.setup.inputs.prompt_ids[p.id], response_ids=ids)
                 rows.append(replace(row, score_positions=score_positions(ids, tokenizer)))
+        if not rows:
+            raise FileError(f"{self.config.data}: no labelled responses; give HelpSteer2's")
         return super().select([r for r in rows if r.score_positions], number)
 
 

@@ -3,6 +3,7 @@
 Weights are safetensors only, and no code of a model's is run.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -168,6 +169,12 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 f"{path}: cannot be read as safetensors ({error}); fetch it again"
             ) from None
     return {name: s for name, s in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def weights_id(folder: Path) -> str:
+    """Changes when the weight files change, so that answers of other weights are not reused."""
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors")]
+    return hashlib.blake2b(repr(sorted(stats)).encode(), digest_size=8).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------

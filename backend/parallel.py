@@ -40,7 +40,11 @@ Group = dist.ProcessGroup
 
 @contextmanager
 def process_group():
-    """The process group for a `with` block: torchrun's ranks, or this single process."""
+    """The process group for a `with` block: torchrun's ranks, or this single process. Within
+    another such block it is that one's."""
+    if dist.is_initialized():
+        yield
+        return
     if torch.cuda.is_available():
         # Micro-batches differ in size, which fragments segments of a fixed size.
         if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():

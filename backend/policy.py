@@ -15,7 +15,7 @@ files, so that no rank ever holds the whole model.
 Shapes: B rows, T tokens of the longest row, N scored tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -284,10 +284,16 @@ def _read_weights(model: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"model {folder}: its files lack {', '.join(sorted(shards))}")
 
 
-def export(policy: Policy, source: Path, folder: Path, saver: parallel.Saver | None = None) -> None:
+def export(
+    policy: Policy,
+    source: Path,
+    folder: Path,
+    texts: Mapping[str, str] | None = None,
+    saver: parallel.Saver | None = None,
+) -> None:
     """Write a standard Hugging Face folder in bf16, which from_pretrained and vLLM can load;
-    `source` is the folder that the model came from. Collective. Raises WriteError. With a saver
-    the weights are gathered here and written by its thread."""
+    `source` is the folder that the model came from, `texts` are further files by name. Collective.
+    Raises WriteError. With a saver the weights are gathered here and written by its thread."""
     weights = {}
     for name, tensor in policy.full_weights(torch.bfloat16):
         if parallel.rank() == 0:
@@ -300,6 +306,8 @@ def export(policy: Policy, source: Path, folder: Path, saver: parallel.Saver | N
             except SafetensorError as error:
                 raise OSError(str(error)) from None
             write_settings(source, temporary, type(policy.model).__name__)
+            for name, text in (texts or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
 
     if saver is None:
         parallel.write_on_rank_0(folder, write)

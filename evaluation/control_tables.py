@@ -23,7 +23,7 @@ def predicted(c: Cell, scores: np.ndarray | None) -> Values:
         return [], []
     scores = np.broadcast_to(np.asarray(scores, float), c.j.shape)
     some = ~np.isnan(scores).any(1)
-    return calibrations(scores[some], c.j[some], c.gamma), c.prompts[some]
+    return calibrations(scores[some], c.j[some]), c.prompts[some]
 
 
 def window_constant(c: Cell) -> Values:
@@ -70,7 +70,7 @@ def references(c: Cell) -> Values:
 
 def repeats(c: Cell, figure: Callable) -> dict[Key, float]:
     """By answer that was judged repeatedly: a figure of the judge's scores, where it has one."""
-    found = {key: figure(draws, c.gamma) for key, draws in c.draws.items() if len(draws) > 1}
+    found = {key: figure(draws) for key, draws in c.draws.items() if len(draws) > 1}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -82,8 +82,8 @@ def of_repeats(figure: Callable) -> Callable[[Cell], Values]:
     return values
 
 
-def leave_one_out(draws: list, gamma: float) -> float:
-    return metrics.agreement_with(draws, len(draws) - 1, gamma)
+def leave_one_out(draws: list) -> float:
+    return metrics.agreement_with(draws, len(draws) - 1)
 
 
 def skill(c: Cell) -> Estimate | None:
@@ -91,7 +91,7 @@ def skill(c: Cell) -> Estimate | None:
     indices, tops = c.match(repeats(c, metrics.ceiling))
     if not c.window or not indices:
         return None
-    constant = calibrations(c.window.constant, c.j[indices], c.gamma)
+    constant = calibrations(c.window.constant, c.j[indices])
     columns = np.stack([c.calibration[indices], constant, tops], axis=1)
 
     def share(sums: np.ndarray) -> np.ndarray:
@@ -112,11 +112,11 @@ def predictors_table(results: Results) -> Table:
     columns = {
         "its scores": mean(calibration),
         "most probable": mean(lambda c: calibration(c.rescored(c.model))),
-        "uniform guess": mean(lambda c: (predictors.uniform_guess(c.j, c.gamma), c.prompts)),
+        "uniform guess": mean(lambda c: (predictors.uniform_guess(c.j), c.prompts)),
         "window constant": mean(window_constant),
         "last constant": mean(last_constant),
         "test constant": mean(
-            lambda c: predicted(c, predictors.best_constant(c.j, c.gamma) if c.valid else None)
+            lambda c: predicted(c, predictors.best_constant(c.j) if c.valid else None)
         ),
         "prompt only": mean(prompt_only),
         "shuffled": statistic(across_prompts),
@@ -158,7 +158,7 @@ def ceiling(results: Results) -> Table:
 
     columns = {
         "its scores": on_the_same(lambda c: c.calibration),
-        "another judgement": mean(of_repeats(lambda draws, g: metrics.agreement_with(draws, 1, g))),
+        "another judgement": mean(of_repeats(lambda draws: metrics.agreement_with(draws, 1))),
         "leave-one-out agreement": mean(of_repeats(leave_one_out)),
         "ceiling": mean(repeated),
         "skill": statistic(skill),
@@ -243,9 +243,10 @@ def discrimination(results: Results) -> Table:
 
 def choice_of_responses(results: Results) -> Table:
     """What the choice of responses makes of calibration."""
+    in_all = [m for m in results.models if m not in results.in_some()]
 
     def well_formed_for_all(c: Cell) -> Values:
-        common = set.intersection(*(set(c.of(m).keys) for m in results.models))
+        common = set.intersection(*(set(c.of(m).keys) for m in in_all))
         indices, _ = c.match(dict.fromkeys(common))
         return c.calibration[indices], c.prompts[indices]
 
@@ -262,7 +263,7 @@ def choice_of_responses(results: Results) -> Table:
         scores = c.scores_by(c.model)
         keys = [key for key in judged if key in scores]
         s, j = (np.array([x[key] for key in keys], int).reshape(-1, 5) for x in (scores, judged))
-        return calibrations(s, j, c.gamma), [prompt for prompt, _ in keys]
+        return calibrations(s, j), [prompt for prompt, _ in keys]
 
     def answers_read(cells: list[Cell]) -> str:
         n = sum(len(forced_block(cell)[0]) for cell in cells)
@@ -277,7 +278,8 @@ def choice_of_responses(results: Results) -> Table:
     }
     return Table.of(
         "Calibration by choice of responses",
-        "Well-formed ones (the paper's); those that all models answered well-formed; malformed "
+        "Well-formed ones (the paper's); those that all models of every evaluation answered "
+        "well-formed; malformed "
         "ones counted as 0; all answers, with a block put after each and its digits read (most "
         "probable, not sampled). Answers read: for the forced block, which leaves out empty "
         "answers, and malformed ones that were not judged.",

@@ -146,7 +146,7 @@ def calibration_bins(probability: Sequence[float], truth: Sequence[bool], bins: 
     columns = np.zeros((len(p), 2, bins))
     columns[np.arange(len(p)), 0, bin_of] = 1
     columns[np.arange(len(p)), 1, bin_of] = p - t
-    return columns.reshape(len(p), -1)
+    return columns.reshape(len(p), 2 * bins)
 
 
 def calibration_error(sums: np.ndarray) -> np.ndarray:

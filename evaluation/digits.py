@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from backend import parallel
 from backend.model_folder import load_tokenizer
@@ -49,6 +49,14 @@ class Question(NamedTuple):
     judge: Scores | None = None  # the judge's digits
 
 
+class Written(NamedTuple):
+    """A well-formed response with its prompt, as token ids."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    score_positions: Sequence[int]  # indices into response_ids
+
+
 class Block(NamedTuple):
     """An answer's prompt and self-evaluation block as tokens, without the digits."""
 
@@ -60,14 +68,16 @@ class Block(NamedTuple):
 class Reader:
     """A full, unsharded model on this rank's device."""
 
-    def __init__(self, folder: Path, dtype: str):
-        self.model = load_model(folder, getattr(torch, dtype)).to(parallel.device()).eval()
+    def __init__(self, folder: Path, dtype: str, model: PreTrainedModel | None = None):
+        """`model`: the folder's, if it is loaded already."""
+        model = model or load_model(folder, getattr(torch, dtype))
+        self.model = model.to(parallel.device()).eval()
         # fp32, because logits rounded to bf16 can tie, and a tie would go to the smaller digit.
         self.head = self.model.lm_head.weight.float()  # (V, D)
         self.tokenizer = load_tokenizer(folder)
 
     @torch.inference_mode()
-    def own(self, rollouts: Sequence[Rollout]) -> list[list[list[float]]]:
+    def own(self, rollouts: Sequence[Rollout | Written]) -> list[list[list[float]]]:
         """Log-probabilities (B, 5, 10) after the sampled digits, for well-formed rollouts with
         score positions."""
         log_probs: dict[int, list[list[float]]] = {}  # index of the rollout -> (5, 10)

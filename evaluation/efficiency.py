@@ -162,8 +162,10 @@ def _row(
 ) -> dict:  # fmt: skip
     ours, end = np.array(list(models.values()), float), np.array(list(others.values()), float)[-1]
     shared = min(ours[-1, 0], end[0])
-    groups = list(zip(*(results.cells(benchmark, m) for m in models), strict=True))
-    targets = results.cells(benchmark, list(others)[-1])
+    both = results.together(benchmark, [*models, list(others)[-1]])
+    if not both:
+        return {"mean height": None, "reaches the end of": other}
+    groups, targets = [cells[:-1] for cells in both], [cells[-1] for cells in both]
     areas = [area(cells, metric, ours[:, 0], shared) for cells in groups]
     same = same_prompts([cells[0] for cells in groups])
     height = intervals.interval(areas, same) if all(areas) else None

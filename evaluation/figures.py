@@ -98,7 +98,7 @@ def costs_of_models(results: Results) -> dict[str, dict[str, Costs]]:
 
 def figure_2(results: Results, path: Path) -> Drawn | None:
     """Quality and calibration over sample-passes (the paper's Figure 2) and over three other costs;
-    one line per run, from the base on."""
+    one line per run, from the base on if that is what it was trained from."""
     runs = costs_of_models(results)
     if max(map(len, runs.values()), default=0) < 2:
         return None
@@ -110,15 +110,32 @@ def figure_2(results: Results, path: Path) -> Drawn | None:
     fig, axes = plt.subplots(len(rows), 4, sharey="row", layout="constrained",
                              figsize=(14, 3 * len(rows)))  # fmt: skip
     looks = looks_of_runs(results, runs)
+    # A run is called as its last model is in the tables, if it is there.
+    names = {run: next((m for m in by_model if m in results.models), run)
+             for run, by_model in runs.items()}  # fmt: skip
     for (benchmark, name, column), row in zip(rows, axes, strict=True):
         for run, by_model in runs.items():
-            by_model = {results.base: Costs(0, 0, 0, 0)} | by_model
+            if starts_at_base(results, next(iter(by_model))):
+                by_model = {results.base: Costs(0, 0, 0, 0)} | by_model
             points = [column(results.cells(benchmark, model)) for model in by_model]
             for k, axis in enumerate(row):
-                _line(axis, [cost[k] for cost in by_model.values()], points, run, looks[run])
+                line(axis, [cost[k] for cost in by_model.values()], points, names[run], looks[run])
                 axis.set(xlabel=COSTS[k], ylabel=f"{name}, {benchmark}")
     title = "Figure 2: quality and calibration over sample-passes and other costs"
-    return _save(fig, path, title, looks)
+    return save(fig, path, title, {names[run]: look for run, look in looks.items()})
+
+
+def starts_at_base(results: Results, model: str) -> bool:
+    """Whether the run of this checkpoint was trained from the base that stands in the tables; True
+    for a run without config.json."""
+    base, checkpoint = (
+        Path(results.cells(results.benchmarks[0], m)[0].config["model"])
+        for m in (results.base, model)
+    )
+    run = RunFolder(checkpoint.parent.parent)
+    if not run.config_file.exists():
+        return True
+    return Path(run.config()["model"]).resolve() == base.resolve()
 
 
 def looks_of_runs(results: Results | None, runs: Iterable[str]) -> dict[str, int]:
@@ -146,7 +163,7 @@ def figure_3(results: Results, path: Path) -> Drawn:
             axis.bar(np.arange(5) + k * width, [x.mean or 0 for x in bars], width,
                      yerr=_error_bars(bars), label=model, color=colour(k))  # fmt: skip
         axis.set_xticks(np.arange(5) + 0.4 - width / 2, ATTRIBUTES, rotation=20)
-    return _save(fig, path, "Figure 3: calibration by attribute", _looks(results.models))
+    return save(fig, path, "Figure 3: calibration by attribute", _looks(results.models))
 
 
 def figure_4(results: Results, path: Path) -> Drawn:
@@ -160,10 +177,10 @@ def figure_4(results: Results, path: Path) -> Drawn:
         for k, model in enumerate(results.models):
             points = [column(results.cells(benchmark, model)) for column in columns]
             given = [score for score in range(10) if points[score].mean is not None]
-            _line(axis, given, [points[score] for score in given], model, k)
+            line(axis, given, [points[score] for score in given], model, k)
         axis.set_xlabel("judge's score (extreme ones are partly noise: the judge's own mean\n"
                         "for an answer would fall off at both ends too)")  # fmt: skip
-    return _save(fig, path, "Figure 4: calibration by the judge's score", _looks(results.models))
+    return save(fig, path, "Figure 4: calibration by the judge's score", _looks(results.models))
 
 
 def reliability(results: Results, path: Path) -> Drawn:
@@ -180,9 +197,9 @@ def reliability(results: Results, path: Path) -> Drawn:
                 cells = results.cells(benchmark, model)
                 points = [mean(lambda c, a=a, k=k: judged_where(c, a, k))(cells) for k in range(10)]
                 points = {k: x for k, x in enumerate(points) if isinstance(x, Interval) and x.n}
-                _line(axis, list(points), list(points.values()), model, look)
+                line(axis, list(points), list(points.values()), model, look)
     title = "Reliability: the judge's mean by the model's score"
-    return _save(fig, path, title, _looks(results.models))
+    return save(fig, path, title, _looks(results.models))
 
 
 def by_judge_score(c: Cell, score: int) -> Values:
@@ -219,7 +236,37 @@ def training(runs: Sequence[Path], path: Path, results: Results | None = None) -
             axis.axvline(end, color="gray", linewidth=0.4)
         axis.set_xlabel("sample-passes")
         axis.set_ylabel(name.replace("_", " "))
-    return _save(fig, path, "Training: means over each RL step's own rollouts", looks)
+    return save(fig, path, "Training: means over each RL step's own rollouts", looks)
+
+
+# --------------------------------------------------------------------------------------------------
+# Differences
+
+
+def forest(
+    panels: Mapping[str, Mapping[str, tuple[Interval, bool]]], title: str, path: Path
+) -> None:
+    """Differences with their intervals, a panel for each figure and a line for each variant; filled
+    where a difference was found. Written as `path`.png and .svg."""
+    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    fig, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained", sharey=True,
+                             figsize=(2 + 2.6 * len(panels), 1.4 + 0.3 * len(labels)))  # fmt: skip
+    for (name, panel), axis in zip(panels.items(), axes[0], strict=True):
+        axis.axvline(0, color="gray", linewidth=0.8)
+        for label, (x, found) in panel.items():
+            if x.mean is not None:
+                fill = colour(0) if found else "white"
+                axis.errorbar(x.mean, labels.index(label), xerr=_error_bars([x]), capsize=2,
+                              marker="o", markersize=5, markerfacecolor=fill,
+                              color=colour(0))  # fmt: skip
+        axis.set(xlabel=name, yticks=range(len(labels)), yticklabels=labels)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0][0].set_ylim(len(labels) - 0.5, -0.5)  # the first on top
+    fig.suptitle(title)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        for suffix in (".png", ".svg"):
+            fig.savefig(path.with_name(path.name + suffix), dpi=130)
+    plt.close(fig)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,7 +289,7 @@ def _error_bars(points: Sequence[Interval]) -> np.ndarray:
     return np.abs(np.reshape(bars, (-1, 2))).T
 
 
-def _line(
+def line(
     axis: plt.Axes, x: Sequence[float], points: Sequence[Interval], label: str, look: int
 ) -> None:
     """`look`: number of its colour and marker."""
@@ -259,7 +306,7 @@ def colour(look: int) -> str:
     return COLOURS[look % len(COLOURS)]
 
 
-def _save(fig: plt.Figure, path: Path, title: str, looks: Mapping[str, int]) -> Drawn:
+def save(fig: plt.Figure, path: Path, title: str, looks: Mapping[str, int]) -> Drawn:
     """`looks`: label -> number of its colour."""
     legend = fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center",
                         ncols=len(looks), frameon=False)  # fmt: skip

@@ -55,7 +55,7 @@ class Source:
 
     def table(self) -> dict[str, Interval]:
         rows = [(r.prompt_id, r.self_scores, r.judge_scores) for r in self.rollouts]
-        return metrics.summarise(rows, self.config["reward"]["gamma"])
+        return metrics.summarise(rows)
 
 
 def load_sources(path: Path) -> list[Source]:
@@ -233,7 +233,6 @@ def report(command: Command, source: Source, judge, answers: Sequence[Answer]) -
     judged = [(a, d) for a, d in zip(answers, draws, strict=True) if None not in d]
     answers, draws = [a for a, _ in judged], [d for _, d in judged]
     ids = [a.prompt.id for a in answers]
-    gamma = source.config["reward"]["gamma"]
     parts = []
     if asked > len(answers):
         parts.append(f"{asked - len(answers):,} answers not judged: {judge.name} refused them")
@@ -250,7 +249,7 @@ def report(command: Command, source: Source, judge, answers: Sequence[Answer]) -
         rows = [(i, a.self_scores, d[0]) for i, a, d in zip(ids, answers, draws, strict=True)]
         parts.append(
             f"{len(answers):,} well-formed answers of {source.name}, judged by {judge.name}\n"
-            + metrics.render(metrics.summarise(rows, gamma))
+            + metrics.render(metrics.summarise(rows))
         )
         compare("the scores on file", [a.scores for a in answers])
         for name, scores in other_judges(source, answers, judge.name).items():
@@ -263,7 +262,7 @@ def report(command: Command, source: Source, judge, answers: Sequence[Answer]) -
         )
         parts.append(
             "calibration that others reach against each judgement left out\n"
-            + metrics.render(metrics.repeated_agreement(ids, draws, gamma))
+            + metrics.render(metrics.repeated_agreement(ids, draws))
         )
     return "\n\n".join(parts)
 

@@ -27,7 +27,7 @@ Row = tuple[str, Scores | None, Scores | None]
 OVERLAP = 0.1  # of the pairs at least have our answer longer, and as many shorter
 
 
-def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> dict[str, Interval]:
+def summarise(rows: Sequence[Row]) -> dict[str, Interval]:
     """well_formed over all responses; over the well-formed ones that were judged quality,
     calibration, mae, mae/<attribute>, and calibration/constant, what one score vector for all
     responses reaches.
@@ -48,8 +48,8 @@ def summarise(rows: Sequence[Row], gamma: float = reward.RewardConfig.gamma) -> 
     table = {
         "well_formed": well_formed._replace(n=len(rows)),
         "quality": over_valid(lambda s, j: reward.quality(j)),
-        "calibration": over_valid(lambda s, j: reward.calibration(s, j, gamma)),
-        "calibration/constant": over_valid(lambda s, j: reward.calibration(constant, j, gamma)),
+        "calibration": over_valid(lambda s, j: reward.calibration(s, j)),
+        "calibration/constant": over_valid(lambda s, j: reward.calibration(constant, j)),
         "mae": over_valid(reward.mean_absolute_error),
     }
     for a, name in enumerate(ATTRIBUTES):
@@ -125,9 +125,7 @@ def self_agreement(
     )
 
 
-def agreement_with(
-    draws: Sequence[Scores], others: int, gamma: float = reward.RewardConfig.gamma
-) -> float:
+def agreement_with(draws: Sequence[Scores], others: int) -> float:
     """How well the medians of `others` of a judge's scores for one answer predict another one: mean
     calibration over all ways to choose them. The two medians of an even number count half each."""
     values = []
@@ -136,11 +134,11 @@ def agreement_with(
         for chosen in combinations(rest, others):
             for middle in (median_low, median_high):
                 medians = [middle(scores) for scores in zip(*chosen, strict=True)]
-                values.append(reward.calibration(medians, left_out, gamma))
+                values.append(reward.calibration(medians, left_out))
     return fmean(values)
 
 
-def ceiling(draws: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -> float | None:
+def ceiling(draws: Sequence[Scores]) -> float | None:
     """What somebody reaches who knows the judge's own medians for an answer, but not its next
     score: agreement with the medians of more and more of its scores, continued to infinitely many.
 
@@ -151,28 +149,27 @@ def ceiling(draws: Sequence[Scores], gamma: float = reward.RewardConfig.gamma) -
     if len(draws) < 4:
         return None
     most = (len(draws) - 2) // 2 * 2 + 1  # the largest odd number of others
-    fewer, more = (agreement_with(draws, m, gamma) for m in (most - 2, most))
+    fewer, more = (agreement_with(draws, m) for m in (most - 2, most))
     return ((most + 1) * more - (most - 1) * fewer) / 2
 
 
 def repeated_agreement(
     prompts: Sequence[str],
     draws: Sequence[Sequence[Scores]],
-    gamma: float = reward.RewardConfig.gamma,
 ) -> dict[str, Interval]:
     """How well a judge's scores can be predicted: by the median of its other scores for the same
     answer (leave-one-out agreement), by another single score, by the best constant, and by its own
     medians (the ceiling). prompts, draws: per answer its prompt's id and the judge's scores."""
-    constant = best_constant([scores for row in draws for scores in row], gamma)
-    tops = [(ceiling(row, gamma), p) for p, row in zip(prompts, draws, strict=True)]
+    constant = best_constant([scores for row in draws for scores in row])
+    tops = [(ceiling(row), p) for p, row in zip(prompts, draws, strict=True)]
     tops = [(value, prompt) for value, prompt in tops if value is not None]
     return {
         "median of the others": over_prompts(
-            [agreement_with(row, len(row) - 1, gamma) for row in draws], prompts
+            [agreement_with(row, len(row) - 1) for row in draws], prompts
         ),
-        "another score": over_prompts([agreement_with(row, 1, gamma) for row in draws], prompts),
+        "another score": over_prompts([agreement_with(row, 1) for row in draws], prompts),
         "best constant": over_prompts(
-            [fmean(reward.calibration(constant, j, gamma) for j in row) for row in draws], prompts
+            [fmean(reward.calibration(constant, j) for j in row) for row in draws], prompts
         ),
         "ceiling": over_prompts([value for value, _ in tops], [prompt for _, prompt in tops]),
     }

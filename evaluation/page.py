@@ -29,7 +29,6 @@ MODELS = ("model", "answers by")  # headers of the columns whose rows are compar
 
 def page(
     title: str,
-    gamma: float,
     summary: Entries,
     units: str,
     figures: Sequence[Drawn],
@@ -46,7 +45,6 @@ def page(
     )
     return environment.get_template("page.html").render(
         title=title,
-        gamma=f"{gamma:g}",
         summary=summary,
         figures=figures,
         tables=views(tables, results),
@@ -67,7 +65,7 @@ def views(tables: Sequence[Table], results: Results | None) -> list[dict]:
         if table.title == COMPARISONS:
             rows = table.frame.to_dict("records")
             starred = {(k, "mean") for k, row in enumerate(rows) if significant(row)}
-        elif table is tables[0]:
+        elif results and table is tables[0]:
             comparisons = next((t for t in tables if t.title == COMPARISONS), None)
             differ = differ_from_base(comparisons, results.base) if comparisons else ()
             names = zip(table.frame["benchmark"], table.frame["model"], strict=True)

@@ -193,7 +193,7 @@ def by_attribute(values: Callable[[Cell], np.ndarray]) -> dict[str, Column]:
 def calibration_by_attribute(results: Results) -> Table:
     return Table.of(
         "By attribute: calibration",
-        "(1 - |s - j| / 9)^gamma of each attribute alone (Figure 3).",
+        "(1 - |s - j| / 9)^2 of each attribute alone (Figure 3).",
         rows(results, by_attribute(lambda c: c.attribute_calibration)),
         higher=ATTRIBUTES,
     )

@@ -21,19 +21,18 @@ from sklearn.linear_model import QuantileRegressor, RidgeCV
 from prompts import Scores
 from reward import RewardConfig
 
-GAMMA = RewardConfig.gamma
+GAMMA = RewardConfig.gamma  # the metric's (Sec. 4.1), whatever a run's reward has
 QUALITY = slice(0, 3)  # helpfulness, correctness, coherence
-ROWS = 1_000_000  # vectors times judgements in a block of the search for the best constant
 
 
-def calibrations(s: np.ndarray, j: np.ndarray, gamma: float = GAMMA) -> np.ndarray:
+def calibrations(s: np.ndarray, j: np.ndarray) -> np.ndarray:
     """(..., 5), (..., 5) -> (...): reward.calibration of each pair (Sec. 4.1)."""
-    return (1 - np.abs(np.asarray(s, float) - j).mean(-1) / 9) ** gamma
+    return (1 - np.abs(np.asarray(s, float) - j).mean(-1) / 9) ** GAMMA
 
 
-def attribute_calibrations(s: np.ndarray, j: np.ndarray, gamma: float = GAMMA) -> np.ndarray:
+def attribute_calibrations(s: np.ndarray, j: np.ndarray) -> np.ndarray:
     """(..., 5), (..., 5) -> (..., 5): the calibration of each attribute alone (Figure 3)."""
-    return calibrations(np.asarray(s)[..., None], np.asarray(j)[..., None], gamma)
+    return calibrations(np.asarray(s)[..., None], np.asarray(j)[..., None])
 
 
 def qualities(scores: np.ndarray) -> np.ndarray:
@@ -58,11 +57,11 @@ def groups(prompts: Sequence[str]) -> list[np.ndarray]:
 # One vector for all
 
 
-def best_constant(judge: Sequence[Scores], gamma: float = GAMMA) -> Scores:
+def best_constant(judge: Sequence[Scores]) -> Scores:
     """The one vector whose calibration against all these judge scores is highest, found among all
     100,000; of equals the smallest."""
     distances = np.abs(np.arange(10)[:, None, None] - np.asarray(judge))  # (10, N, 5)
-    total = _squares(distances) if gamma == 2 else _totals(np.asarray(judge), gamma)
+    total = _squares(distances)
     best = np.flatnonzero(total.ravel() >= total.max() - 1e-9)[0]
     return tuple(int(x) for x in np.unravel_index(best, (10,) * 5))
 
@@ -82,17 +81,7 @@ def _squares(distances: np.ndarray) -> np.ndarray:
     return total
 
 
-def _totals(judge: np.ndarray, gamma: float) -> np.ndarray:
-    """(100,000,) sums of calibration, for any gamma."""
-    vectors = np.stack(np.meshgrid(*[np.arange(10)] * 5, indexing="ij"), -1).reshape(-1, 5)
-    judge, count = np.unique(judge, axis=0, return_counts=True)
-    of_error = (1 - np.arange(46) / 45) ** gamma
-    step = max(1, ROWS // len(judge))
-    blocks = (vectors[i : i + step, None] - judge for i in range(0, len(vectors), step))
-    return np.concatenate([of_error[np.abs(block).sum(-1)] @ count for block in blocks])
-
-
-def uniform_guess(j: np.ndarray, gamma: float = GAMMA) -> np.ndarray:
+def uniform_guess(j: np.ndarray) -> np.ndarray:
     """(N,) expected calibration of five digits drawn at random (Sec. 4.2: "above chance")."""
     error = np.ones((len(j), 1))  # distribution of the sum of absolute errors so far
     for a in range(5):
@@ -102,7 +91,7 @@ def uniform_guess(j: np.ndarray, gamma: float = GAMMA) -> np.ndarray:
             for by in range(10):
                 longer[moved == by, by : by + error.shape[1]] += error[moved == by] / 10
         error = longer
-    return error @ (1 - np.arange(46) / 45) ** gamma
+    return error @ (1 - np.arange(46) / 45) ** GAMMA
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,13 +205,11 @@ class Shuffled(NamedTuple):
     prompts: np.ndarray  # (P,) ids, sorted
 
 
-def shuffled(
-    s: np.ndarray, j: np.ndarray, prompts: Sequence[str], gamma: float = GAMMA
-) -> Shuffled:
+def shuffled(s: np.ndarray, j: np.ndarray, prompts: Sequence[str]) -> Shuffled:
     """What the model's scores are worth for other responses; own pairs excluded."""
     s, j = np.asarray(s), np.asarray(j)
     unique, prompt_of, size = np.unique(prompts, return_inverse=True, return_counts=True)
-    of_error = (1 - np.arange(46) / 45) ** gamma
+    of_error = (1 - np.arange(46) / 45) ** GAMMA
     sums = np.zeros((len(unique), len(unique)))
     for i in range(len(s)):
         values = of_error[np.abs(s[i] - j).sum(1)]

@@ -88,19 +88,15 @@ class Cell:
         """(N, 5) the judge's scores."""
         return np.array([r.judge_scores for r in self.valid], int).reshape(-1, 5)
 
-    @property
-    def gamma(self) -> float:
-        return self.config["reward"]["gamma"]
-
     @cached_property
     def calibration(self) -> np.ndarray:
         """(N,)"""
-        return calibrations(self.s, self.j, self.gamma)
+        return calibrations(self.s, self.j)
 
     @cached_property
     def attribute_calibration(self) -> np.ndarray:
-        """(N, 5) (1 - |s - j| / 9)^gamma of each attribute alone (Figure 3)."""
-        return attribute_calibrations(self.s, self.j, self.gamma)
+        """(N, 5) (1 - |s - j| / 9)^2 of each attribute alone (Figure 3)."""
+        return attribute_calibrations(self.s, self.j)
 
     @cached_property
     def quality(self) -> np.ndarray:
@@ -114,7 +110,7 @@ class Cell:
 
     @cached_property
     def shuffled(self) -> Shuffled:
-        return shuffled(self.s, self.j, self.prompts, self.gamma)
+        return shuffled(self.s, self.j, self.prompts)
 
     @cached_property
     def within(self) -> dict[str, Ordering]:
@@ -244,7 +240,6 @@ class Window:
     base: dict[tuple[str, str], Scores]  # the base model's most probable scores for the first
     # cycle's answers, by prompt and answer id
     states: dict[str, np.ndarray]  # the base model's last hidden state of each prompt
-    gamma: float
 
     @cached_property
     def j(self) -> np.ndarray:
@@ -254,12 +249,12 @@ class Window:
     @cached_property
     def constant(self) -> Scores:
         """The one vector that is best on the first cycle's judgements."""
-        return best_constant(self.j.tolist(), self.gamma)
+        return best_constant(self.j.tolist())
 
     @cached_property
     def last_constant(self) -> Scores:
         """The one that is best on the last cycle's."""
-        return best_constant([r.judge_scores for r in self.last], self.gamma)
+        return best_constant([r.judge_scores for r in self.last])
 
     @cached_property
     def surface(self) -> Surface:
@@ -304,7 +299,7 @@ class Evaluation:
 def load_evaluation(path: Path) -> Evaluation:
     """Raises ValueError for a folder without results."""
     folder = EvaluationFolder(path)
-    cells = {key: _load_cell(*key, cell) for key, cell in folder.cells().items()}
+    cells = {key: load_cell(*key, cell) for key, cell in folder.cells().items()}
     if not cells and RunFolder(path).window_file.exists():
         raise ValueError(
             f"{path} is a run; give it to --runs, and results/NAME of evaluate.py here"
@@ -328,7 +323,7 @@ def load_evaluation(path: Path) -> Evaluation:
     window = None
     if rollouts:
         last = RunFolder(Path(run)).last_cycle()
-        window = Window(rollouts, last, base, states, first.gamma)
+        window = Window(rollouts, last, base, states)
     models = [m for m in folder.models() if any(model == m for _, model in cells)]
     models = models or list(dict.fromkeys(model for _, model in cells))
     evaluation = Evaluation(path, cells, window, stronger, models, folder.declared())
@@ -337,7 +332,7 @@ def load_evaluation(path: Path) -> Evaluation:
     return evaluation
 
 
-def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
+def load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
     config = folder.config()
     config.setdefault("training_run", config.get("window", ""))  # "window": its older name
     rollouts = sorted(folder.answers(), key=lambda r: (r.prompt_id, r.sample))
@@ -361,6 +356,19 @@ def _load_cell(benchmark: str, model: str, folder: CellFolder) -> Cell:
         preferences=lines(folder.preferences_file),
         summary=folder.summary(),
     )
+
+
+def load_one_cell(path: Path) -> Cell:
+    """The cell of a folder results/NAME/BENCHMARK/MODEL, or of a results/NAME that has one. Raises
+    ValueError."""
+    cells = EvaluationFolder(path).cells()
+    if CellFolder(path).rollouts_file.exists():
+        cells = {(path.parent.name, path.name): CellFolder(path)}
+    if len(cells) != 1:
+        names = ", ".join(map(str, cells.values())) or "results/NAME/BENCHMARK/MODEL of evaluate.py"
+        raise ValueError(f"{path}: one model's answers to one benchmark are needed; give {names}")
+    [(key, folder)] = cells.items()
+    return load_cell(*key, folder)
 
 
 def load_run(path: Path) -> Cell:

@@ -104,9 +104,7 @@ def read_sensitivity(cell: CellFolder, reader: Reader, version: str) -> None:
     its first half."""
     path = cell.sensitivity_file
     rollouts = [r for r in cell.answers() if r.answer is not None]
-    by_prompt = {r.prompt_id: r.answer for r in rollouts}
-    ids = list(by_prompt)
-    another = {p: by_prompt[q] for p, q in zip(ids, ids[1:] + ids[:1], strict=True)}
+    another = answers_of_others(rollouts)
     for rows, lacking in unread_chunks(path, version, rollouts, f"{cell}, exchanged and cut"):
         texts = {
             "as_it_is": [r.answer for r in rows],
@@ -119,10 +117,19 @@ def read_sensitivity(cell: CellFolder, reader: Reader, version: str) -> None:
             readings[kind] = reader.read([Question(r.prompt_ids, answer) for r, answer in pairs])
         for k, r in enumerate(rows):
             scores = {kind: found[k] and found[k].scores for kind, found in readings.items()}
-            if len(ids) < 2:
+            if len(another) < 2:
                 scores["another"] = None  # there is no other prompt's answer
             if r.key in lacking:
                 append_line(path, line_about(r, version, **scores))
+
+
+def answers_of_others(rollouts: Sequence[Rollout]) -> dict[str, str]:
+    """Prompt -> the first answer to another prompt, in an order of the prompts that has to do with
+    neither. Rollouts lie in the order in which they finished, where neighbours are alike."""
+    answers = {r.prompt_id: r.answer for r in sorted(rollouts, key=lambda r: -r.sample)}
+    ids = sorted(answers)
+    random.Random(0).shuffle(ids)
+    return {p: answers[q] for p, q in zip(ids, ids[1:] + ids[:1], strict=True)}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ Column = Callable[[list[Cell]], Figure]
 Values = tuple[Sequence[float], Sequence]  # one number per response, and its prompt's id
 # The paper's settings; its evaluation's decoding is not given, so training's (App. A).
 PAPER_SETTINGS = {
-    "template": "paper", "few_shot": "paper-like", "limit": 0, "gamma": 2.0, "use_references": True,
+    "template": "paper", "few_shot": "paper-like", "limit": 0, "use_references": True,
     "drop_duplicates": False, "prompt_tokens": 4096, "temperature": 0.8, "top_p": 0.9, "top_k": 25,
     "max_tokens": 8192,
 }  # fmt: skip
@@ -50,44 +50,47 @@ def settings(cell: Cell) -> dict:
     """What the figures in one table must share."""
     names = ("judge", "template", "few_shot", "samples", "limit", "prompt_tokens", "dtype",
              "use_references", "drop_duplicates")  # fmt: skip
-    return {k: cell.config[k] for k in names} | {"gamma": cell.gamma} | cell.config["sampling"]
+    return {k: cell.config[k] for k in names} | cell.config["sampling"]
 
 
 class Results:
-    """One or more evaluations of the same models on the same benchmarks under the same settings.
-    Several are runs with other seeds."""
+    """One or more evaluations on the same benchmarks under the same settings. Several are runs with
+    other seeds. Base and reference are in all of them; another model may be in some only, and the
+    note under the tables says in how many."""
 
     def __init__(
         self, evaluations: Sequence[Evaluation], models: Sequence[str] = (), against: str = ""
     ):
         """`models`: which of them, in this order, the base first; (): all but runs' earlier
         checkpoints. `against`: the model that the others are compared with; "": the base. Raises
-        ValueError if the evaluations do not have the same cells or settings, or share some of their
-        prompts."""
+        ValueError if the evaluations do not have the same benchmarks or settings, lack the base or
+        the reference, or share some of their prompts."""
         self.evaluations = list(evaluations)
         first, *others = self.evaluations
-        for e in others:
-            if e.cells.keys() != first.cells.keys():
-                raise ValueError(
-                    f"{e.folder} and {first.folder} hold other models or benchmarks: "
-                    f"{sorted(e.cells.keys() ^ first.cells.keys())}; give evaluations of the same "
-                    "ones"
-                )
         self.benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in first.cells))
-        on_file = list(dict.fromkeys(model for _, model in first.cells))
+        for e in others:
+            if differ := {benchmark for benchmark, _ in e.cells} ^ {*self.benchmarks}:
+                raise ValueError(
+                    f"{e.folder} and {first.folder} hold other benchmarks: {min(differ)}; give "
+                    "evaluations of the same ones"
+                )
+        on_file = list(dict.fromkeys(m for e in self.evaluations for _, m in e.cells))
         if unknown := {*models, *filter(None, [against])} - set(on_file):
             raise ValueError(f"no results of model {min(unknown)}; there are {', '.join(on_file)}")
-        self.models = list(models) or first.models or on_file
+        known = list(dict.fromkeys(m for e in self.evaluations for m in e.models))
+        self.models = list(models) or known or on_file
         self.chosen = bool(models)
         self.on_file = [m for m in on_file if all((b, m) in self for b in self.benchmarks)]
         self.base = self.models[0]
         self.reference = against or self.base
-        for b in self.benchmarks:
+        for e in self.evaluations:
             for m in self.models:
-                if (b, m) not in self:
+                lacking = [b for b in self.benchmarks if (b, m) not in e.cells]
+                needed = m in (self.base, self.reference) or lacking != self.benchmarks
+                if lacking and (needed or (lacking[0], m) not in self):
                     raise ValueError(
-                        f"{first.folder}: no answers of model {m} to {b}; finish evaluate.py, or "
-                        "choose models with --models"
+                        f"{e.folder}: no answers of model {m} to {lacking[0]}; finish evaluate.py, "
+                        "or choose models with --models"
                     )
         cells = [cell for e in self.evaluations for cell in e.cells.values()]
         self.settings = settings(cells[0])
@@ -98,7 +101,8 @@ class Results:
                     "one setting, and those of others with --beside"
                 )
         for e in self.evaluations:
-            _check_alike(e, [e.cells[b, m] for b in self.benchmarks for m in self.models])
+            cells = [e.cells.get((b, m)) for b in self.benchmarks for m in self.models]
+            _check_alike(e, [cell for cell in cells if cell])
         _check_different(self.evaluations)
         for b in self.benchmarks:
             _check_prompts(b, [e.cells[b, self.base] for e in self.evaluations])
@@ -128,11 +132,25 @@ class Results:
         counts = {b: self.too_long(b) for b in self.benchmarks}
         lacking = ", ".join(f"{b} {n:,}" for b, n in counts.items() if n)
         limit = self.settings["prompt_tokens"]
-        return f" Prompts over {limit:,} tokens are left out: {lacking}." if lacking else ""
+        note = f" Prompts over {limit:,} tokens are left out: {lacking}." if lacking else ""
+        if rare := ", ".join(f"{m} in {n}" for m, n in self.in_some().items()):
+            note += f" Models that not all {len(self.evaluations)} evaluations have: {rare}."
+        return note
+
+    def in_some(self) -> dict[str, int]:
+        """In how many evaluations those models are that not all have."""
+        counts = {m: len(self.cells(self.benchmarks[0], m)) for m in self.models}
+        return {m: n for m, n in counts.items() if n < len(self.evaluations)}
 
     def cells(self, benchmark: str, model: str) -> list[Cell]:
-        """One for each evaluation."""
-        return [e.cells[benchmark, model] for e in self.evaluations]
+        """One for each evaluation that has the model."""
+        key = benchmark, model
+        return [e.cells[key] for e in self.evaluations if key in e.cells]
+
+    def together(self, benchmark: str, models: Sequence[str]) -> list[list[Cell]]:
+        """These models' cells, for each evaluation that has all of them."""
+        every = [[e.cells.get((benchmark, m)) for m in models] for e in self.evaluations]
+        return [cells for cells in every if all(cells)]
 
     def declared(self, name: str, default: T) -> T:
         """What all evaluations were told under this name before; the default if they differ."""
@@ -167,7 +185,7 @@ class Results:
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         """Whether there are answers to a benchmark by a model: (benchmark, model)."""
-        return key in self.evaluations[0].cells
+        return any(key in e.cells for e in self.evaluations)
 
     def each(self) -> Iterator[tuple[str, str, list[Cell]]]:
         """(benchmark, model, their cells), the rows of most tables."""

@@ -1,7 +1,7 @@
 """More tables that are not in the paper: what changes the scores, what they are good for (Sec. 5),
 and the same models under other settings. controls.py explains each figure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from evaluation.table import Column, Results, Table, Values, mean, measure, rows
 from prompts import ATTRIBUTES, EXAMPLES, FEW_SHOT
 
 SHARE = 0.25  # of the answers goes to the stronger model
+SENT = (0.25, 0.5, 0.75)  # of the answers is sent without the judge
 
 
 def copied(c: Cell) -> Values:
@@ -22,21 +23,18 @@ def copied(c: Cell) -> Values:
     return controls.copied(c.s.tolist(), [x.scores for x in examples]), c.prompts
 
 
+def change(c: Cell, kind: str) -> Values:
+    """Of the correctness score, when the answer is exchanged ("another") or cut off ("cut")."""
+    lines = [x for x in c.sensitivity if x["as_it_is"] and x[kind]]
+    k = ATTRIBUTES.index("correctness")
+    return [x[kind][k] - x["as_it_is"][k] for x in lines], [x["prompt_id"] for x in lines]
+
+
 def sensitivity(results: Results) -> Table:
     """What another answer, or half of one, does to the scores."""
-    correctness = ATTRIBUTES.index("correctness")
-
-    def change(kind: str) -> Column:
-        def values(c: Cell) -> Values:
-            lines = [x for x in c.sensitivity if x["as_it_is"] and x[kind]]
-            changes = [x[kind][correctness] - x["as_it_is"][correctness] for x in lines]
-            return changes, [x["prompt_id"] for x in lines]
-
-        return mean(values)
-
     columns = {
-        "another prompt's answer": change("another"),
-        "half of the answer": change("cut"),
+        "another prompt's answer": mean(lambda c: change(c, "another")),
+        "half of the answer": mean(lambda c: change(c, "cut")),
         "copied": share(copied),
     }
     return Table.of(
@@ -122,6 +120,64 @@ def uses(results: Results) -> Table:
     )
 
 
+def sent_by(
+    rating: Callable[[Cell], Sequence[float]], share: float
+) -> Callable[[Cell], Estimate | None]:
+    """Mean quality of this share of the answers, those of the highest rating; random ones among
+    equals."""
+
+    def prepare(c: Cell) -> Estimate | None:
+        # "Escalation" of the best rated, at the gain of their own quality.
+        total = controls.escalation(-np.asarray(rating(c), float), c.quality, share)
+        found = intervals.of_weights(total, c.prompts)
+        return found and Estimate(found.value / share, found.pulls / share, found.prompts)
+
+    return prepare
+
+
+ORDERS = {
+    "self-evaluation": lambda c: c.own_quality,
+    "random": None,
+    "best constant": lambda c: np.zeros(len(c.valid)),  # rates all answers alike
+    "longest first": lambda c: [len(r.answer) for r in c.valid],
+    "shortest first": lambda c: [-len(r.answer) for r in c.valid],
+    "oracle": lambda c: c.quality,
+}
+
+
+def sent(results: Results) -> Table:
+    """What an order of the answers is worth where the judge, or another reviewer, can see some of
+    them only."""
+
+    def column(name: str, share: float) -> Callable[[Cell], Estimate | None]:
+        rating = ORDERS[name]
+        if rating is None:
+            return lambda c: intervals.mean(c.quality, c.prompts)
+        return sent_by(rating, share)
+
+    def gain(share: float) -> Column:
+        own, random = column("self-evaluation", share), column("random", share)
+        return statistic(lambda c: own(c) - random(c) if c.valid else None)
+
+    return Table.of(
+        "Sent at equal judge budget",
+        "Mean quality of the answers that are sent without the judge, when a share of them is sent "
+        "and the judge's budget goes to the others. Which are sent is decided by the model's own "
+        "scores, by chance, by the best constant (which rates all alike, so chance decides), by "
+        "the number of characters, or by knowing the judge (oracle). Gain: self-evaluation minus "
+        "random.",
+        [
+            {"benchmark": b, "model": m, "sent": f"{share:.0%}"}
+            | measure({name: statistic(column(name, share)) for name in ORDERS}, cells)
+            | {"gain": gain(share)(cells)}
+            for b, m, cells in results.each()
+            if cells[0].valid
+            for share in SENT
+        ],
+        higher=tuple(ORDERS),
+    )
+
+
 def other_settings(results: Results, others: Sequence[Results]) -> Table:
     """The same models decoded greedily, under other few-shot examples, ...: one column each."""
     differ = [k for k, v in results.settings.items() if any(x.settings[k] != v for x in others)]
@@ -149,4 +205,4 @@ def other_settings(results: Results, others: Sequence[Results]) -> Table:
     )
 
 
-TABLES = (sensitivity, uses)
+TABLES = (sensitivity, uses, sent)

@@ -25,12 +25,14 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from functools import partial
+from typing import NamedTuple
 
 import openai
 
-from judging.endpoint import Form, Service
+from judging.endpoint import Form, Server, Service
 from judging.errors import Attempt, Fault, read_error, read_no_response
 from judging.ledger import OK, Ledger, cache_key
 from judging.replies import read_reply, unfenced
@@ -64,13 +66,14 @@ class Refused(JudgeError):
         super().__init__(message, about_text=True)
 
 
-def connection(service: Service) -> openai.AsyncOpenAI:
-    """Raises ValueError if the environment names a proxy that cannot be used."""
+def connection(service: Server, retries: int = 0) -> openai.AsyncOpenAI:
+    """`retries`: by the library itself; the judge's are counted here. Raises ValueError if the
+    environment names a proxy that cannot be used."""
     try:
         return openai.AsyncOpenAI(
-            api_key=service.key,
+            api_key=service.key or "none",
             base_url=service.base_url,
-            max_retries=0,  # retries are counted here
+            max_retries=retries,
             timeout=service.config.timeout,
         )
     except Exception as error:  # its text can hold the proxy's password
@@ -80,6 +83,30 @@ def connection(service: Service) -> openai.AsyncOpenAI:
             + ("SOCKS needs a package, pip install socksio" if socks else "give http://HOST:PORT")
             + "; or unset the variable"
         ) from None
+
+
+class Answer(NamedTuple):
+    """What came of a request: the body of an HTTP 200 response, or a failed attempt."""
+
+    answered: bool  # whether the endpoint answered at all
+    body: str = ""
+    failed: Attempt | None = None
+
+
+async def send(call: Callable, request: dict, service: Server, seconds: float | None) -> Answer:
+    """`call`: sends the request and gives the library's raw response; `seconds`: the time-out over
+    all of it."""
+    try:
+        async with asyncio.timeout(seconds):
+            response = await call()
+    except openai.APIStatusError as error:
+        r = error.response
+        return Answer(True, "", read_error(r.status_code, r.text, r.headers, request, service))
+    except (TimeoutError, openai.APITimeoutError):
+        return Answer(False, "", Attempt("time-out", fault=Fault.PASSING))
+    except openai.APIConnectionError as error:
+        return Answer(False, "", read_no_response(error, service))
+    return Answer(True, response.http_response.text)
 
 
 class ChatClient:
@@ -251,21 +278,11 @@ class ChatClient:
     async def _attempt(self, request: dict, form: Form) -> Attempt:
         body = dict(request)
         model, messages = body.pop("model"), body.pop("messages")
-        try:
-            async with asyncio.timeout(self.config.timeout):
-                response = await self._api.chat.completions.with_raw_response.create(
-                    model=model, messages=messages, extra_body=body
-                )
-        except openai.APIStatusError as error:
-            self._answered, response = True, error.response
-            status, text = response.status_code, response.text
-            return read_error(status, text, response.headers, request, self.service)
-        except (TimeoutError, openai.APITimeoutError):
-            return Attempt("time-out", fault=Fault.PASSING)
-        except openai.APIConnectionError as error:
-            return read_no_response(error, self.service)
-        self._answered = True
-        return read_reply(response.http_response.text, form, request, self.service)
+        create = self._api.chat.completions.with_raw_response.create
+        call = partial(create, model=model, messages=messages, extra_body=body)
+        answer = await send(call, request, self.service, self.config.timeout)
+        self._answered |= answer.answered
+        return answer.failed or read_reply(answer.body, form, request, self.service)
 
     def stop(self, reason: str) -> None:
         """Ask no more, on any rank of this launch; requests in flight go on."""

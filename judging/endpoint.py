@@ -136,7 +136,16 @@ def with_url(model: str, endpoint: Endpoint) -> Endpoint:
     """The endpoint with its URL filled in and without a slash at its end. Raises ValueError for a
     URL that cannot be used; the message does not quote it."""
     given = endpoint.base_url or judge_defaults(model).base_url or os.environ.get("OPENAI_BASE_URL")
-    url = (given or "https://api.openai.com/v1").rstrip("/")
+    url = given or "https://api.openai.com/v1"
+    try:
+        return replace(endpoint, base_url=checked_url(url, Service))
+    except ValueError as error:
+        raise ValueError(f"judge {model}: {error}") from None
+
+
+def checked_url(url: str, server: type["Server"]) -> str:
+    """The URL without a slash at its end. Raises ValueError as with_url does."""
+    url = url.rstrip("/")
     try:
         parts = urlsplit(url)
         plain = parts.hostname and not parts.query and "@" not in parts.netloc and parts.port != 0
@@ -144,50 +153,83 @@ def with_url(model: str, endpoint: Endpoint) -> Endpoint:
         parts, plain = None, False
     if not plain or parts.scheme not in ("http", "https"):
         raise ValueError(
-            f"judge {model}: --endpoint.base_url (or OPENAI_BASE_URL) must read "
-            "http(s)://HOST/PATH, without user, password or query; keys belong in the "
-            "environment variable that --client.key_variable names"
+            f"{server.url_option} must read http(s)://HOST/PATH, without user, password or query; "
+            f"keys belong in the environment variable that {server.key_option} names"
         )
-    return replace(endpoint, base_url=url)
+    return url
 
 
-class Service:
+class Server:
+    """An OpenAI-compatible server, its key, and how messages name the options that it is made
+    from."""
+
+    url_option: ClassVar[str]
+    model_option: ClassVar[str]
+    key_option: ClassVar[str]
+    without_a_key: ClassVar[str]  # what else can be done than to set it
+
+    name: str  # as messages say it
+    base_url: str
+    key_variable: str
+    key: str  # "" for a server that needs none
+    config: ClientConfig
+
+    def option(self, parameter: str | None) -> str:
+        """What to change if the server refuses a request parameter; None: it does not say which."""
+        raise NotImplementedError
+
+    def read_key(self) -> str:
+        """Raises ValueError, without the key."""
+        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.key_variable):
+            raise ValueError(
+                f"{self.key_option} takes the name of an environment variable in capitals, such "
+                "as OPENAI_API_KEY, not the key itself"
+            )
+        if not (key := os.environ.get(self.key_variable)):
+            raise ValueError(
+                f"{self.name} needs a key: set {self.key_variable}{self.without_a_key}"
+            )
+        if not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
+            raise ValueError(
+                f"{self.name}: {self.key_variable} holds a line break, white space around "
+                "the key, or a character that is not ASCII; set it again, to the key alone"
+            )
+        return key
+
+    def without_key(self, text: str) -> str:
+        """Text from the server, which may quote the key."""
+        if not self.key:
+            return text
+        whole = r"\b" if len(self.key) < 8 else ""  # a word for a local server
+        return re.sub(f"{whole}{re.escape(self.key)}{whole}", "[key]", text)
+
+
+class Service(Server):
     """A judge's model at its endpoint: the model's defaults, overridden by the options."""
+
+    url_option = "--endpoint.base_url (or OPENAI_BASE_URL)"
+    model_option, key_option = "--judge", "--client.key_variable"
+    without_a_key = (
+        " (any word for a local server), or use --judge heuristic, an offline judge for trying out "
+        "the code: its scores say nothing about a real judge's"
+    )
 
     def __init__(self, model: str, endpoint: Endpoint, config: ClientConfig):
         """Raises ValueError for every mistake that can be found before the first request."""
         defaults = judge_defaults(model)
         self.model, self.endpoint, self.config = model, endpoint, config
+        self.name = f"judge {model}"
         self.output = defaults.output if endpoint.output == "auto" else endpoint.output
         self.key_variable = config.key_variable or defaults.key_variable
         self.base_url = with_url(model, endpoint).base_url
         self.price_in, self.price_out = prices(model, config)
-        self.key = self._read_key()
+        self.key = self.read_key()
         self.request_parameters = {**defaults.request, **self._read_request()}
         if config.max_cost is not None and None in (self.price_in, self.price_out):
             raise ValueError(
                 f"judge {model}: its price is not known, so --client.max_cost cannot be enforced; "
                 "give --client.price_in and --client.price_out, or use --client.max_calls"
             )
-
-    def _read_key(self) -> str:
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.key_variable):
-            raise ValueError(
-                "--client.key_variable takes the name of an environment variable in capitals, such "
-                "as OPENAI_API_KEY, not the key itself"
-            )
-        if not (key := os.environ.get(self.key_variable)):
-            raise ValueError(
-                f"judge {self.model} needs a key: set {self.key_variable} (any word for a local "
-                "server), or use --judge heuristic, an offline judge for trying out the code: "
-                "its scores say nothing about a real judge's"
-            )
-        if not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
-            raise ValueError(
-                f"judge {self.model}: {self.key_variable} holds a line break, white space around "
-                "the key, or a character that is not ASCII; set it again, to the key alone"
-            )
-        return key
 
     def _read_request(self) -> dict:
         try:
@@ -215,13 +257,18 @@ class Service:
         body |= self.request_parameters
         return {name: value for name, value in body.items() if value is not None}
 
+    def option(self, parameter: str | None) -> str:
+        return {
+            None: f"--endpoint.* (and {self.model_option})",
+            "temperature": "--endpoint.temperature (None leaves it out)",
+            "response_format": "--endpoint.output (json, or text)",
+            "messages": f"{self.model_option}: this one does not take a system and a user message",
+            "model": self.model_option,
+            self.endpoint.token_limit: "--endpoint.token_limit or --endpoint.max_tokens",
+        }.get(parameter, f"--endpoint.request ('{{\"{parameter}\": null}}' leaves it out)")
+
     def cost(self, tokens_in: int | None, tokens_out: int | None) -> float | None:
         """US dollars by list price; None if tokens or price are unknown."""
         if None in (tokens_in, tokens_out, self.price_in, self.price_out):
             return None
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
-
-    def without_key(self, text: str) -> str:
-        """Text from the server, which may quote the key."""
-        whole = r"\b" if len(self.key) < 8 else ""  # a word for a local server
-        return re.sub(f"{whole}{re.escape(self.key)}{whole}", "[key]", text)

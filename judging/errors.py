@@ -18,7 +18,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from judging.endpoint import Service
+from judging.endpoint import Server
 from judging.ledger import OK
 
 
@@ -57,7 +57,8 @@ class Cause(NamedTuple):
 
     name: str
     fault: Fault
-    remedy: str  # {key} stands for the variable that holds the key
+    # {key} stands for the variable that holds the key, {model} and {url} for options.
+    remedy: str
     words: str = ""  # regular expression, looked for in the error's codes and its sentence
     always: bool = False  # also at a status that is retried
 
@@ -65,7 +66,8 @@ class Cause(NamedTuple):
 CREDIT = "add credit to the account of the key in {key}, then run the same command again"
 KEY = "put a valid one into {key}"
 LONGER = "a judge with a longer context can read it"
-MODEL = "check --judge, and that the key in {key} may use this model"
+MODEL = "check {model}, and that the key in {key} may use this model"
+ADDRESS = "check {url}"
 # The first that fits. A quota that is exceeded is no sign of an empty account: Gemini says so at
 # its limit of requests per minute.
 CAUSES = [
@@ -105,7 +107,7 @@ CAUSES = [
 ]  # fmt: skip
 NOTHING_THERE = Cause(
     "nothing there", Fault.SETTINGS,
-    "check --judge and --endpoint.base_url (or OPENAI_BASE_URL), which often ends in /v1",
+    "check {model} and {url}, which often ends in /v1",
 )  # fmt: skip
 BY_STATUS = {
     401: Cause("key refused", Fault.SETTINGS, KEY),
@@ -125,7 +127,7 @@ RETRIED = {408, 409, 425, 429}  # and from 500 on
 
 
 def read_error(
-    status: int | None, text: str, headers: Mapping[str, str], request: dict, service: Service
+    status: int | None, text: str, headers: Mapping[str, str], request: dict, service: Server
 ) -> Attempt:
     """The attempt from an error's HTTP status and body; status None: the error came as HTTP 200."""
     said = _Said.of(service.without_key(text))
@@ -147,11 +149,17 @@ def read_error(
         retry_after=retry_after(headers),
     )
     if cause:
-        remedy = cause.remedy.format(key=service.key_variable)
+        remedy = filled_in(cause.remedy, service)
         return attempt._replace(fault=cause.fault, remedy=remedy)
     if passing:
         return attempt._replace(fault=Fault.PASSING)
     return attempt._replace(fault=Fault.SETTINGS, remedy=_change(said, request, service))
+
+
+def filled_in(remedy: str, service: Server) -> str:
+    return remedy.format(
+        key=service.key_variable, model=service.model_option, url=service.url_option
+    )
 
 
 class _Said(NamedTuple):
@@ -224,7 +232,7 @@ def _masked(text: str) -> str:
     return re.sub(r"[\w-]*(\*{2,}|\.{3}|…)[\w*-]+", "[key]", text)
 
 
-def _change(said: _Said, request: dict, service: Service) -> str:
+def _change(said: _Said, request: dict, service: Server) -> str:
     """Which option to change for a request whose form is refused: that of the parameter which the
     error names in a field, else of the first that its sentence mentions. "model" and "messages" are
     words of many sentences."""
@@ -232,14 +240,7 @@ def _change(said: _Said, request: dict, service: Service) -> str:
     spoken = [p for p, found in mentioned.items() if found and p not in ("model", "messages")]
     named = [p for p in said.parameters if p in request]
     refused = next(iter(named + sorted(spoken, key=lambda p: mentioned[p].start())), None)
-    option = {
-        None: "--endpoint.* (and --judge)",
-        "temperature": "--endpoint.temperature (None leaves it out)",
-        "response_format": "--endpoint.output (json, or text)",
-        "messages": "--judge: this one does not take a system and a user message",
-        "model": "--judge",
-        service.endpoint.token_limit: "--endpoint.token_limit or --endpoint.max_tokens",
-    }.get(refused, f"--endpoint.request ('{{\"{refused}\": null}}' leaves it out)")
+    option = service.option(refused)
     return (
         f"it refuses the parameter {refused} so change {option}" if refused else f"check {option}"
     )
@@ -276,7 +277,6 @@ class Route(NamedTuple):
     remedy: str
 
 
-ADDRESS = "check --endpoint.base_url (or OPENAI_BASE_URL)"
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 ROUTES = [
     Route("proxy refused", lambda e: type(e).__name__ == "ProxyError", Fault.NO_ROUTE, ""),
@@ -296,17 +296,17 @@ ROUTES = [
     ),
     Route(
         "network unreachable", lambda e: getattr(e, "errno", None) in UNREACHABLE, Fault.NO_ROUTE,
-        f"check this machine's network, and {ADDRESS.removeprefix('check ')}",
+        "check this machine's network, and {url}",
     ),
 ]  # fmt: skip
 
 
-def read_no_response(error: BaseException, service: Service) -> Attempt:
+def read_no_response(error: BaseException, service: Server) -> Attempt:
     """The attempt from the exception that a connection ended with."""
     chain = list(_chain(error))
     for route in ROUTES:
         if found := next(filter(route.fits, chain), None):
-            name, remedy = route.name, route.remedy
+            name, remedy = route.name, filled_in(route.remedy, service)
             if route.fault is Fault.NO_ROUTE and (variable := _proxy_variable(service.base_url)):
                 host = urlsplit(service.base_url).hostname
                 name = "proxy: " + name.removeprefix("proxy ")

@@ -10,7 +10,7 @@ import json
 import re
 
 from judging.endpoint import Form, Service
-from judging.errors import ADDRESS, Attempt, Fault, plain, read_error
+from judging.errors import ADDRESS, Attempt, Fault, filled_in, plain, read_error
 
 FINISHED = {"none", "stop", "stop_sequence", "end_turn", "eos", "eos_token"}
 
@@ -30,7 +30,7 @@ def read_reply(text: str, form: Form, request: dict, service: Service) -> Attemp
         thoughts = _text(message.get("reasoning_content") or message.get("reasoning"))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         kept = service.without_key(text)
-        remedy = f"{ADDRESS}, which often ends in /v1"
+        remedy = filled_in(f"{ADDRESS}, which often ends in /v1", service)
         return Attempt("not a chat completion", kept, said=plain(kept), remedy=remedy)
     usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
     attempt = Attempt(

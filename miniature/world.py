@@ -1,10 +1,21 @@
-"""The miniature's closed world: ten kinds of small tasks with computable solutions, and a rubric as
-judge.
+"""The miniature's closed world: five kinds of small tasks with computable solutions, and a rubric
+as judge.
 
-What it is: tasks that a model of 0.4 M parameters learns in minutes, judged by a program, so that
+Letters, words and numbers lie in the west, south, east or north: a quarter of each sort, in order.
+Three kinds are forks: the prompt offers two ways and names a side, and one way ends on that side.
+
+    path   path to east of b f h, 7 12 3           -> b f h east      the way, and where it ends
+    swap   swap to south of dog red milk, f a e    -> a f e south     the first two items swapped
+    ends   ends to west of 9 4 2, cat dog soup     -> 9 2 west        the first and the last item
+
+Before the answer is written both ways are equally likely in all of the base model's training, so
+choosing the right one takes a look ahead that nobody teaches. The written answer shows which way
+was taken, so checking is easy. In the plain kinds (copy, reverse) nothing is to be chosen.
+
+What it is: tasks that a model of 0.3 M parameters learns in minutes, judged by a program, so that
 the whole recipe runs on two CPU cores with the same code as the paper's run.
 What it is not: evidence for the paper's claim about language models. The base model's ability to
-judge its answers is trained into it, and then obscured, by its pretraining (base_model.py). So the
+judge its answers is trained into it, and then hidden, by its pretraining (base_model.py). So the
 miniature tests the recipe and the code only.
 """
 
@@ -13,126 +24,110 @@ import random
 import re
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from prompts import Scores, Turn
 
+LETTERS = "abcdefghijkl"
+WORDS = "red blue green black cat dog cow hen rice bread soup milk".split()
+NUMBERS = [str(n) for n in range(1, 13)]
+SIDES = ("west", "south", "east", "north")
+SORTS = {"letters": LETTERS, "words": WORDS, "numbers": NUMBERS}
+# kind -> (how often it is drawn, how complex it is for the rubric)
+KINDS = {"path": (5, 3), "swap": (5, 5), "ends": (5, 4),
+         "copy": (2, 1), "reverse": (2, 4)}  # fmt: skip
+FORKS = ("path", "swap", "ends")
+
+
 # --------------------------------------------------------------------------------------------------
-# The world: ten kinds of tasks and their solutions
-
-LETTERS = "abcdefghij"
-THINGS = {
-    "colours": "red blue green black white brown pink grey gold orange".split(),
-    "animals": "cat dog cow hen fox owl bee ant pig bear".split(),
-    "foods": "rice bread soup cake egg plum corn milk salt bean".split(),
-}
-VERBS = ("sees", "likes", "finds", "has")
+# Tasks and their solutions
 
 
-def letters(rng: random.Random, low: int, high: int) -> str:
-    return " ".join(rng.choice(LETTERS) for _ in range(rng.randint(low, high)))
-
-
-def draw_prompt(rng: random.Random) -> str:
+def draw_prompt(rng: random.Random, kinds: Sequence[str] = tuple(KINDS)) -> str:
     """A random task as text."""
-    things = rng.choice(list(THINGS))
-    start, gap = rng.randint(1, 60), rng.randint(2, 12)
-    return rng.choice((
-        lambda: f"copy {letters(rng, 4, 7)}",
-        lambda: f"reverse {letters(rng, 4, 7)}",
-        lambda: f"sort {letters(rng, 4, 7)}",
-        lambda: f"count {rng.choice('abc')} in {' '.join(rng.choice('abcd') for _ in range(8))}",
-        lambda: f"add {rng.randint(10, 399)} and {rng.randint(10, 399)}",
-        lambda: f"multiply {rng.randint(11, 99)} by {rng.randint(2, 9)}",
-        lambda: f"largest of {' '.join(str(rng.randint(10, 999)) for _ in range(4))}",
-        lambda: f"next after {' '.join(str(start + k * gap) for k in range(3))}",
-        lambda: f"list {rng.randint(2, 6)} {things}",
-        lambda: "use {} and {} in a sentence".format(*rng.sample(THINGS[things], 2)),
-    ))()  # fmt: skip
+    kind = rng.choices(kinds, [KINDS[kind][0] for kind in kinds])[0]
+    if kind not in FORKS:
+        return f"{kind} {' '.join(rng.sample(LETTERS, 5))}"
+    while True:
+        ways = [rng.sample(SORTS[sort], 3) for sort in rng.sample(list(SORTS), 2)]
+        if side(ways[0][-1]) != side(ways[1][-1]):
+            break
+    goal = side(rng.choice(ways)[-1])
+    return f"{kind} to {goal} of {', '.join(map(' '.join, ways))}"
 
 
-def solve(prompt: str) -> tuple[str, list[str]]:
-    """(kind, the parts of a correct answer in order); for `list` the parts to choose from."""
-    kind, *words = prompt.split()
-    numbers = [int(w) for w in words if w.isdigit()]
+class Task(NamedTuple):
+    kind: str
+    ways: list[list[str]]  # the words of the possible answers: two of a fork, else one
+    right: int  # which of them is right
+
+
+def read_task(prompt: str) -> Task:
+    kind, rest = prompt.split(" ", 1)
     if kind == "copy":
-        return kind, words
+        return Task(kind, [rest.split()], 0)
     if kind == "reverse":
-        return kind, words[::-1]
-    if kind == "sort":
-        return kind, sorted(words)
-    if kind == "count":
-        return kind, [str(words[2:].count(words[0]))]
-    if kind == "add":
-        return kind, [str(sum(numbers))]
-    if kind == "multiply":
-        return kind, [str(numbers[0] * numbers[1])]
-    if kind == "largest":
-        return kind, [str(max(numbers))]
-    if kind == "next":
-        return kind, [str(2 * numbers[2] - numbers[1])]
-    if kind == "list":
-        return kind, THINGS[words[1]]
-    return "use", [words[0], words[2]]
+        return Task(kind, [rest.split()[::-1]], 0)
+    _, goal, _, offered = rest.split(" ", 3)
+    ways = [written(kind, way.split()) for way in offered.split(", ")]
+    return Task(kind, ways, [goal in way for way in ways].index(True))
+
+
+def side(item: str) -> str:
+    """Where an item lies: the first quarter of each sort in the west, the second in the south."""
+    items = next(items for items in SORTS.values() if item in items)
+    return SIDES[items.index(item) * len(SIDES) // len(items)]
+
+
+def written(kind: str, way: Sequence[str]) -> list[str]:
+    """The answer that goes an offered way."""
+    items = list(way)
+    if kind == "swap":
+        items = [items[1], items[0], items[2]]
+    if kind == "ends":
+        items = [items[0], items[2]]
+    return [*items, side(items[-1])]
 
 
 # --------------------------------------------------------------------------------------------------
 # The judge: a rubric
 
+WRONG_WAY = 0.2  # match of an answer that goes the wrong way without an error
 
-def _match(prompt: str, answer: str) -> float:
+
+def content(answer: str) -> list[str]:
+    """The words of an answer without its introduction."""
+    return re.findall(r"[a-z]+|\d+", answer.rpartition(" is ")[2])
+
+
+def match(prompt: str, answer: str) -> float:
     """Correctness of the answer's content, 0 to 1."""
-    kind, parts = solve(prompt)
-    words = re.findall(r"[a-z]+|\d+", answer.rpartition(" is ")[2])
-    if kind in ("copy", "reverse", "sort"):
-        sequence = [w for w in words if w in LETTERS and len(w) == 1]
-        same = sum(a == b for a, b in zip(sequence, parts, strict=False))
-        return (same / max(len(sequence), len(parts)) + _common(sequence, parts)) / 2
-    if kind == "list":
-        required = int(prompt.split()[1])
-        items = [w for w in words if w in parts]
-        distinct = len(set(items))
-        errors = abs(distinct - required) + len(items) - distinct
-        return max(0.0, 1 - errors / required)
-    if kind == "use":
-        share_used = sum(w in words for w in parts) / 2
-        return share_used * (1.0 if any(v in words for v in VERBS) else 0.7)
-    numbers = [int(w) for w in words if w.isdigit()]
-    if not numbers:
-        return 0.0
-    solution = int(parts[0])
-    error = abs(numbers[-1] - solution)
-    return 1.0 if error == 0 else max(0.0, 0.7 - 3 * error / max(solution, 4))
+    task, words = read_task(prompt), content(answer)
+    shares = [share_in_place(words, way) for way in task.ways]
+    taken = max(range(len(shares)), key=lambda k: (shares[k], k == task.right))
+    return shares[taken] * (1.0 if taken == task.right else WRONG_WAY)
 
 
-def _common(a: Sequence[str], b: Sequence[str]) -> float:
-    """Length of the longest common subsequence as a share of the longer sequence."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        previous = 0
-        for k, y in enumerate(b, 1):
-            previous, row[k] = row[k], previous + 1 if x == y else max(row[k], row[k - 1])
-    return row[-1] / max(len(a), len(b), 1)
+def share_in_place(words: Sequence[str], way: Sequence[str]) -> float:
+    """Share of the words that stand where the way has them."""
+    return sum(a == b for a, b in zip(words, way, strict=False)) / max(len(words), len(way))
 
 
 def rubric(prompt: str, answer: str) -> Scores:
-    """Five scores, determined by the prompt and the answer. To imitate a judge's taste, half of the
-    scores are shifted by one, as a hash of prompt and answer decides: no predictor can be exact."""
-    kind, parts = solve(prompt)
+    """Five scores, determined by the prompt and the answer. To imitate a judge's taste, a quarter
+    of the scores are shifted by one, as a hash of prompt and answer decides: no predictor can be
+    exact."""
+    task = read_task(prompt)
     words = re.findall(r"[a-z]+|\d+", answer)
-    style = answer.partition(" is ")[0].split()  # before the content, where letters may repeat
-    correct = 9 * _match(prompt, answer) ** 1.3
-    coherent = 9 - 3 * (not answer.endswith("."))
-    coherent -= 4 * any(a == b for a, b in zip(style, style[1:], strict=False))
-    coherent -= 1.5 * ("maybe" in words)
-    helpful = 0.7 * correct + 0.3 * coherent - 2 * ("sorry" in words) + 0.5 * ("sure" in words)
-    hard = {"copy": 1, "list": 2, "count": 2, "use": 3, "next": 3, "reverse": 3, "largest": 3,
-            "sort": 4, "add": 4, "multiply": 6}[kind]  # fmt: skip
-    worked = 2.0 * ("first" in words)
-    size = len(parts) if kind != "list" else int(prompt.split()[1])
-    exact = (helpful, correct, coherent, hard + worked + 0.2 * size,
-             4 + 2 * math.log2((len(words) + 1) / (size + 4)))  # fmt: skip
+    correct = 9 * match(prompt, answer) ** 2
+    coherent = 9 - 3 * (not answer.endswith(".")) - 2 * ("maybe" in words)
+    coherent -= 4 * any(a == b for a, b in zip(words, words[1:], strict=False))
+    helpful = 0.85 * correct + 0.15 * coherent
+    complexity = KINDS[task.kind][1] + 2 * ("first" in words)
+    verbosity = 4 + 2 * math.log2((len(words) + 1) / (len(task.ways[0]) + 4))
     taste = zlib.crc32(f"{prompt}|{answer}".encode())
-    shifts = [(0, 1, 0, -1)[(taste >> (2 * k)) & 3] for k in range(len(exact))]
+    exact = (helpful, correct, coherent, complexity, verbosity)
+    shifts = [(1, -1, 0, 0, 0, 0, 0, 0)[(taste >> (3 * k)) & 7] for k in range(len(exact))]
     return tuple(min(9, max(0, round(x) + s)) for x, s in zip(exact, shifts, strict=True))
 
 

@@ -54,18 +54,18 @@ class Prompt:
     category: str = ""  # as the file names it
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
-    """All unique prompts of a file, in file order. Raises DataError if the file or a row of it is
-    not valid."""
+def load_prompts(path: str | Path, text: str | None = None) -> list[Prompt]:
+    """All unique prompts of a file, in file order. `text`: the file's content, if it is read
+    already; then `path` is its name. Raises DataError if the file or a row of it is not valid."""
     path = Path(path)
-    if not path.is_file():
+    if text is None and not path.is_file():
         raise DataError(
             f"{path}: no such file; give a JSONL file of prompts with --data (kinds: see "
             "storage/data.py), or a hub id (see storage/hub.py)"
         )
     prompts: dict[str, Prompt] = {}
     kind = None
-    for where, row in read_rows(path):
+    for where, row in read_rows(path, text):
         kind = kind or _kind(where, row)
         prompt = replace(KINDS[kind](where, row), category=_category(row))
         if earlier := prompts.get(prompt.id):
@@ -82,11 +82,11 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return list(prompts.values())
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) for each row. Lone surrogates, which no tokenizer takes, become U+FFFD; a
-    warning counts them."""
+def read_rows(path: Path, text: str | None = None) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) for each row of a file, or of its text if that is read already. Lone
+    surrogates, which no tokenizer takes, become U+FFFD; a warning counts them."""
     replaced = 0
-    for number, row in _raw_rows(path):
+    for number, row in _raw_rows(path, text):
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         row, count = _without_surrogates(row)
@@ -110,17 +110,19 @@ def _without_surrogates(value: object) -> tuple[object, int]:
     return value, 0
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, object]]:
+def _raw_rows(path: Path, text: str | None) -> Iterator[tuple[int, object]]:
     """(line number, value); rows of a JSON list or of parquet are counted from 1."""
-    if path.suffix == ".parquet":
+    if text is None and path.suffix == ".parquet":
         try:
             yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
         except (OSError, pyarrow.ArrowInvalid) as error:
             raise DataError(f"{path}: cannot be read as parquet ({error})") from error
         return
     try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+        if text is None:
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+            text = content.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     if text.lstrip().startswith("["):
@@ -180,6 +182,15 @@ def _text(where: str, row: dict, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: field {field!r} is missing, empty or not text")
     return value
+
+
+def as_prompt(value: "str | Sequence[Turn] | Prompt") -> Prompt:
+    """A request or a conversation as a prompt, its id a hash of the text. Raises DataError."""
+    if isinstance(value, Prompt):
+        return value
+    field = "prompt" if isinstance(value, str) else "conversation"
+    row, _ = _without_surrogates({field: value if isinstance(value, str) else list(value)})
+    return _plain("the prompt", row)
 
 
 def _hash(conversation: tuple[Turn, ...]) -> str:

@@ -7,15 +7,16 @@
 
 `nvidia/HelpSteer2` alone is its training split for cycle.py and its validation split for
 evaluate.py. An existing path takes precedence over a hub id. Only these files are fetched: of a
-model its configuration, tokenizer and safetensors, of a dataset one file. They are stored in the
-cache of huggingface_hub."""
+model its configuration, tokenizer, model card and safetensors, of a dataset one file. They are
+stored in the cache of huggingface_hub."""
 
 import json
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.repocard import metadata_load
 
 # The file of a dataset that is given by its id alone.
 FILES = {
@@ -27,7 +28,8 @@ FILES = {
 # Sec. 4.1 evaluates on HelpSteer2's validation split and trains on its other one.
 _BENCHMARK_FILES = {"nvidia/HelpSteer2": "validation.jsonl.gz"}
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt",
-             "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+             "special_tokens_map.json", "added_tokens.json", "README.md",
+             "self_eval.json")  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DATA_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:/(.+))?")
@@ -65,6 +67,27 @@ def fetch_weights(name: str) -> None:
             raise ValueError(
                 f"model {folder}: {', '.join(sorted(missing))} missing; fetch it again"
             )
+
+
+def is_id(name: str) -> bool:
+    """Whether a name is a hub model's id and no path on this machine."""
+    return bool(_MODEL_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """The licence fields of a model's card; "unknown" where it has none that can be read."""
+    try:
+        fields = metadata_load(folder / "README.md") or {}
+    except Exception:  # no card, or whatever the parser makes of it
+        fields = {}
+    names = ("license", "license_name", "license_link")
+    found = {name: fields[name] for name in names if isinstance(fields.get(name), str)}
+    return {"license": "unknown"} | found
+
+
+def card_header(**fields: object) -> str:
+    """The header of a model card in the hub's form; a field that is None is left out."""
+    return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
 
 
 def data_file(name: str) -> Path:

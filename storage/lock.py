@@ -45,4 +45,4 @@ def _holder(path: Path) -> str:
         end = f"`kill {held['process']}` there"
     except (OSError, ValueError, KeyError):
         who, end = "by another process", "ending that process"
-    return f"{who}; wait until it is done, end it with {end}, or choose another --name"
+    return f"{who}; wait until it is done, end it with {end}, or choose another folder"

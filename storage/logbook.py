@@ -80,8 +80,8 @@ def check_same_config(
     if differing:
         raise ValueError(
             f"{folder} holds a run of another configuration (it differs in "
-            f"{', '.join(differing)}); choose another --name, or give the same options to continue "
-            "that run"
+            f"{', '.join(differing)}); choose another folder (--name, of predict.py --out), or "
+            "give the same options to continue that run"
         )
 
 

@@ -25,6 +25,9 @@ results/NAME/                     EvaluationFolder
         sensitivity.jsonl         self-scores for exchanged and truncated answers
         scores_JUDGE.jsonl        judgements by JUDGE beyond those in rollouts.jsonl
         preferences.jsonl         pairwise preferences against the base's answers
+OUT/                              PredictionFolder, of predict.py --out: config.json, lock.json and
+    predictions.jsonl             a line for each prompt
+    kept.jsonl  dropped.jsonl     with --screen: answers worth keeping, and the others
 """
 
 import json
@@ -225,6 +228,20 @@ class CellFolder(Folder):
         newest = [r for r in rows if r.weight_version == rows[-1].weight_version]
         by_sample = {(r.prompt_id, r.sample): r for r in newest}
         return sorted(by_sample.values(), key=lambda r: r.key)
+
+
+class PredictionFolder(Folder):
+    @property
+    def predictions_file(self) -> Path:
+        return self.path / "predictions.jsonl"
+
+    @property
+    def kept_file(self) -> Path:
+        return self.path / "kept.jsonl"
+
+    @property
+    def dropped_file(self) -> Path:
+        return self.path / "dropped.jsonl"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,15 @@ ANSWERS = ("It is fine.", "It is old and good.", "Well, it is what it is.")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+# First, so that no worker is left alone with one of them at the end.
+LONG = "test_cycle test_tiny test_vllm test_footprint test_evaluate test_faults test_gpu".split()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def group():
     """A process group of one rank, for code that reduces over ranks."""

@@ -84,6 +84,8 @@ class FakeJudge:
 
     def __init__(self):
         self.bodies: list[dict] = []  # requests, in order of arrival
+        self.keys: list[str] = []  # of these requests
+        self.served = ["judge"]  # names of models that it lists
         self.answered: list[str] = []  # what was asked, for each judgement that was sent whole
         self.replies: list[Reply] = []
         self.fault: Callable[[], Reply | None] = lambda: None
@@ -99,6 +101,7 @@ class FakeJudge:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with judge._lock:
                     judge.bodies.append(body)
+                    judge.keys.append(self.headers["authorization"])
                     judge.in_flight += 1
                     judge.most_in_flight = max(judge.most_in_flight, judge.in_flight)
                     reply = judge.replies.pop(0) if judge.replies else judge.fault() or Reply()
@@ -107,6 +110,13 @@ class FakeJudge:
                     judge.in_flight -= 1
                 with suppress(OSError):  # the asker may be gone
                     self.answer(body, reply)
+
+            def do_GET(self):
+                data = json.dumps({"data": [{"id": name} for name in judge.served]}).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
 
             def answer(self, body: dict, reply: Reply) -> None:
                 if reply.reset:
@@ -127,7 +137,7 @@ class FakeJudge:
                         self.wfile.write(data[k : k + 1])
                         time.sleep(reply.trickle)
                 self.wfile.write(data)
-                if reply == Reply():
+                if reply == Reply() and "messages" in body:
                     with judge._lock:
                         judge.answered.append(body["messages"][-1]["content"])
 

@@ -10,7 +10,9 @@ import torch
 from conftest import ROOT, finish, make_rollout, small_args, start_ranks
 
 import cycle
+import prompts
 import reward
+import rollout
 from config import parse
 from storage.run_folder import RunFolder
 
@@ -33,13 +35,16 @@ FIELDS = {
     "rollouts_16": {"rollouts": 16},
     "bf16_parameters": {"policy.parameters": "bfloat16"},
     "few_shot_varied": {"few_shot": "varied"},
+    "no_latent": {"model": "models/tiny-0-no-latent"},
 }
+
+MODULES = (cycle, reward, rollout, prompts)  # in which variants replace something
 
 
 @pytest.fixture
 def load(monkeypatch):
     """Loads a variant without running it: (its names, the options that it passes on)."""
-    for module in (cycle, reward):  # what a variant replaces is put back
+    for module in MODULES:  # what a variant replaces is put back
         for name, value in list(vars(module).items()):
             if not name.startswith("__"):
                 monkeypatch.setattr(module, name, value)
@@ -87,7 +92,7 @@ def test_windows_and_batches_are_compared_at_equal_sample_passes(load, name):
 
 def test_every_variant_sets_options_or_replaces_something(load):
     for name in VARIANTS:
-        before = {m: dict(vars(m)) for m in (cycle, reward)} | {cycle.Run: dict(vars(cycle.Run))}
+        before = {owner: dict(vars(owner)) for owner in (*MODULES, cycle.Run)}
         _, options = load(name)
         replaced = [
             key
@@ -147,6 +152,30 @@ def test_rows_tokenised_anew(load, tokenizer):
     row = cycle.distillation_row(rollout, tokenizer)
     assert (row.ids, row.mask) == (sampled.ids, sampled.mask)
     assert cycle.distillation_row(other, tokenizer).ids == sampled.ids
+
+
+def test_no_latent_goes_on_from_the_base_that_is_given(load, monkeypatch):
+    for given in (["--model", "m"], ["--model=m"]):
+        monkeypatch.setattr("sys.argv", ["see", "--seed", "1", *given])
+        assert load("no_latent")[1] == ("--model", "m-no-latent")
+
+
+def test_a_rationale_is_asked_for_and_is_no_part_of_the_answer(load, tokenizer):
+    conversation = [{"role": "user", "content": "Why?"}]
+    without = prompts.policy_prompt(conversation)
+    load("rationale")
+    asked = prompts.policy_prompt(conversation)
+    assert without.count("In short:") == 0 and asked.count("In short:") == 1 + 6
+    assert asked.count("[SELF_EVAL]") == without.count("[SELF_EVAL]")
+    text = prompts.render_response("It is.\n\nIn short: brief.", (8, 7, 6, 5, 4))
+    assert rollout.parse_self_eval(text) == ("It is.", (8, 7, 6, 5, 4))
+    for answer in ("It is.", "It is.\n\nIn short: ", "\n\nIn short: brief."):
+        assert rollout.parse_self_eval(prompts.render_response(answer, (8,) * 5)) is None
+    assert rollout.parse_self_eval("It is.\n\nIn short: brief.") is None
+    ids = tokenizer.encode(text)
+    digits = [tokenizer.decode([ids[k]]).strip() for k in prompts.score_positions(ids, tokenizer)]
+    assert digits == ["8", "7", "6", "5", "4"]
+    prompts.check_tokenizer(tokenizer)
 
 
 def test_selections_by_hand(load, tokenizer):

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 import cycle
 import prompts
 from config import PRESETS
+from evaluation.predictors import best_constant
 from storage.logbook import Clock
+from storage.model_card import read_card
 from storage.record import answer_id, read_rollouts
 from storage.run_folder import RunFolder
 
@@ -148,6 +150,11 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     [start] = json.loads((run / "env.json").read_text())
     assert start["ranks"] == 2 and start["versions"]["torch"] == torch.__version__
     assert AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "cycle_02").num_parameters()
+    card = read_card(run / "checkpoints" / "cycle_02")
+    assert (card.cycle, card.template, card.window) == (2, "short", RunFolder(run).window_ids())
+    assert len(card.tokens) == 8 and card.held_out == {}
+    judged = [r.judge_scores for r in RunFolder(run).first_cycle()]
+    assert card.best_constant == best_constant(judged)
     assert sorted(p.name for p in (run / "state").iterdir()) == [
         "cycle_002_step_00002", "cycle_003_step_00000"
     ]  # fmt: skip
@@ -164,6 +171,8 @@ def test_two_ranks_under_torchrun(tmp_path, parrot_folder, prompt_file):
     cell = tmp_path / "results" / "x" / "own" / "after"
     answers = read_rollouts(cell / "rollouts.jsonl")
     first = (cell / "summary.json").read_text()
+    told = read_card(run / "checkpoints" / "cycle_02").held_out["own"]["metrics"]
+    assert told == json.loads(first)["metrics"]  # the window's prompts were left out
     finish(start_ranks(2, evaluate, tmp_path))  # all is on file: nothing is sampled
     assert (cell / "summary.json").read_text() == first
     finish(start_ranks(1, [*evaluate, "--sample_rows", "3"], tmp_path))  # other steps, same answers

@@ -31,6 +31,19 @@ from storage.record import answer_text, append_rollout
 from storage.run_folder import CellFolder, RunFolder
 
 
+def test_another_prompts_answer_does_not_hang_on_which_answers_finished_together(tokenizer):
+    ids = [f"{k:02}" for k in range(40)]
+    rollouts = [
+        make_rollout(tokenizer, f"{p} {k}", prompt=p, sample=k) for p in ids for k in (1, 0)
+    ]
+    found = stages.answers_of_others(rollouts)
+    assert sorted(found) == ids and sorted(found.values()) == [f"{p} 0" for p in ids]
+    assert not any(answer.startswith(p) for p, answer in found.items())
+    assert sum(abs(int(p) - int(found[p][:2])) == 1 for p in ids) < 8  # by chance two
+    assert found == stages.answers_of_others(random.Random(1).sample(rollouts, len(rollouts)))
+    assert stages.answers_of_others(rollouts[:2]) == {"00": "00 0"}  # there is no other
+
+
 @pytest.fixture(scope="module")
 def changed_folder(tmp_path_factory, parrot_folder, tokenizer):
     """The parrot with other weights of the same shape."""

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 # The root, in reading order, and the folders, each of which may import those after it.
 METHOD = """cycle rollout reward grpo buffer sft_masked prompts judge
-evaluate report plan config self_check""".split()
-FOLDERS = ["evaluation", "backend", "miniature", "judging", "storage"]
+evaluate report ablate predict watch plan config self_check""".split()
+FOLDERS = ["miniature", "evaluation", "backend", "judging", "storage"]
 MODULES = {
     str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
     for folder in (".", *FOLDERS)
@@ -25,7 +25,7 @@ FROM_ROOT = {
     "storage": {"prompts", "reward"},
     "miniature": {"prompts", "reward", "config"},
 }
-COMMANDS = {"cycle", "evaluate", "report"}
+COMMANDS = {"cycle", "evaluate", "report", "ablate", "predict", "watch"}
 ONLY_IN = {
     "torch.distributed": "backend.parallel",
     "vllm": "backend.sampler",
@@ -37,6 +37,7 @@ ONLY_IN = {
 # All others can be imported without torch.
 TORCH = {"cycle", "rollout", "grpo", "sft_masked", "evaluate", "plan", "config", "self_check",
          "storage.logbook", "evaluation.digits", "evaluation.stages", "evaluation.dry_run",
+         "evaluation.responses", "predict",
          "miniature.base_model",
          "miniature.demo"}  # fmt: skip
 
@@ -129,7 +130,10 @@ def test_files_explain_themselves_and_keep_no_global_state(module):
 PLACES = {
     "cycle": ("--sampling.top-k", "--reward.gamma", "Table 5", "seconds", "tokens"),
     "evaluate": ("--sampling.top-k", "--reward.gamma", "Table 5", "seconds", "tokens"),
+    "predict": ("--data", "--threshold", "--url", "--engine.gpu-memory", "tokens"),
     "report": ("--beside", "--runs", "Sec. 4", "results"),
+    "ablate": ("--list", "--variants", "--against", "ablations/"),
+    "watch": ("--false-alarms", "--client.max-cost", "results", "US dollars", "seconds"),
     "evaluation.judgements": (
         "--repeat", "--client.max-cost", "Sec. 4.1", "US dollars", "seconds", "tokens",
     ),

@@ -288,7 +288,7 @@ def large(tmp_path_factory) -> Path:
     tables = [paper_tables.main_table(results), comparison_tables.comparisons(results)]
     shown = answers.shown([cell for _, _, [cell] in results.each()], 0)
     file = root / "report.html"
-    file.write_text(page.page("large", 2.0, [], "prompts", [], tables, results, shown))
+    file.write_text(page.page("large", [], "prompts", [], tables, results, shown))
     return file
 
 

@@ -11,15 +11,19 @@ from typing import get_type_hints
 import pytest
 from conftest import REQUESTS, make_tokenizer, small_args
 
+import ablate
 import cycle
 import plan
+import predict
 import prompts
 import report
+import watch
 from backend.footprint import disk, memory, this_machine
 from backend.policy import PolicyConfig
 from backend.sampler import EngineConfig, SamplingParams
 from config import PRESETS, Config, EvaluationConfig, parse
 from evaluation import judgements
+from evaluation.threshold import Wish
 from grpo import GRPOConfig
 from judging.endpoint import ClientConfig, Endpoint
 from plan import check_options, describe, prepare, resolve, step_batches
@@ -162,14 +166,20 @@ OUT_OF_RANGE = [
     (ClientConfig, "max_cost", -1.0, "--client.max_cost must be in [0, inf), not -1.0"),
     (judgements.Command, "limit", -3, "--limit must be in [0, inf), not -3"),
     (report.Command, "show", -1, "--show must be in [0, inf), not -1"),
+    (ablate.Command, "jobs", 0, "--jobs must be in [1, inf), not 0"),
     (Endpoint, "temperature", -1.0, "--endpoint.temperature must be in [0, inf), not -1.0"),
+    (watch.Command, "share", 1.5, "--share must be in [0, 1], not 1.5"),
+    (watch.Command, "false_alarms", 0.0, "--false_alarms must be in (0, 1), not 0.0"),
+    (Wish, "target", 1.0, "--wish.target must be in (0, 1), not 1.0"),
 ]
+NEEDED = {judgements.Command: {"sources": ()},
+          watch.Command: {"log": "log.jsonl", "reference": "r"}}  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "field", "value", "says"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_where_it_is_given(options, field, value, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        options(**{field: value} | ({"sources": ()} if options is judgements.Command else {}))
+        options(**{field: value} | NEEDED.get(options, {}))
 
 
 NO_RANGE = {
@@ -181,7 +191,14 @@ NO_RANGE = {
                        "primary", "drop_duplicates", "dtype", "dry_run"},
     judgements.Command: {"sources", "judge", "against", "human", "data", "use_references",
                          "export"},
+    predict.Command: {"threshold", "url", "served_name", "key_variable", "template", "few_shot",
+                      "sampler", "dtype", "model", "prompt", "data", "out", "screen",
+                      "calibrate"},
     report.Command: {"results", "beside", "runs", "out", "models", "against"},
+    ablate.Command: {"show", "variants", "seeds", "against", "preset", "options", "test",
+                     "evaluation", "name"},
+    watch.Command: {"log", "reference", "judgements", "out", "threshold", "judge"},
+    Wish: {"measure"},
     GRPOConfig: {"loss_mean"},
     SFTConfig: set(),
     RewardConfig: set(),

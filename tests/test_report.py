@@ -341,7 +341,10 @@ def test_seeds_are_the_unit_where_there_are_several(made):
     first = mean(calibration(s, j) for s, j in SEE)
     assert see["calibration"] == f"{(first + 1) / 2:.3f} [-]"  # two prompts
     made.cell("z", "one", "base", BASE)
-    with pytest.raises(ValueError, match="other models or benchmarks|window's rollouts"):
+    found = tables(made.root / "x", made.root / "z")  # without digits, and without SEE
+    assert "in 1 of 2 only" in str(found)
+    made.cell("z", "two", "base", BASE)
+    with pytest.raises(ValueError, match="hold other benchmarks: two"):
         tables(made.root / "x", made.root / "z")
     known = made.root / "y" / "one" / "base" / "config.json"
     config = json.loads(known.read_text())
@@ -494,7 +497,7 @@ def test_lines_on_older_weights_do_not_count(made):
 def test_figure_3_shows_calibration(made, tmp_path, monkeypatch):
     """A bar for each model and attribute; models in their order."""
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, *_: drawn.append(figure) or True)
+    monkeypatch.setattr(figures, "save", lambda figure, *_: drawn.append(figure) or True)
     assert figures.figure_3(Results([load_evaluation(made.root / "x")]), tmp_path / "f")
     [axis] = drawn[0].axes
     for bars, answers in zip(axis.containers[1::2], (BASE[:3], SEE), strict=True):

@@ -43,7 +43,7 @@ def test_on_file_is_the_moment_at_which_it_was_given(tmp_path, random_folder, pa
     saver.start(lambda _: gate.wait())
     step()
     before = values()
-    export(policy, source, tmp_path / "checkpoint", saver)
+    export(policy, source, tmp_path / "checkpoint", saver=saver)
     parallel.save_state(tmp_path / "state", tensors(), {"step": 1}, saver)
     step()
     after = values()

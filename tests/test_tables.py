@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import comparison_tables, control_tables, efficiency, error_tables, intervals
+import report
+from evaluation import (
+    comparison_tables,
+    control_tables,
+    efficiency,
+    error_tables,
+    intervals,
+    use_tables,
+)
 from evaluation.intervals import Estimate
 from evaluation.results import Cell, Evaluation, Window
 from evaluation.table import Results, mean
@@ -70,7 +78,50 @@ def window(states=(), **rows) -> Window:
         return [rollout(f"w{k}", (5,) * 5, (d,) * 5) for k, d in enumerate(judge)]
 
     first, last = rows.get("first", [4] * 12), rows.get("last", [5] * 12)
-    return Window(rollouts(first), rollouts(last), {}, dict(states), 2.0)
+    return Window(rollouts(first), rollouts(last), {}, dict(states))
+
+
+def test_the_metric_has_the_papers_exponent_whatever_the_reward_had():
+    """Error 3 of 9: (2 / 3)^2."""
+    e = evaluation("a", {("one", "base"): (pairs([5] * 12, [2] * 12), {"reward": {"gamma": 1.0}})})
+    cell = e.cells["one", "base"]
+    assert cell.calibration == pytest.approx([4 / 9] * 12)
+    assert cell.attribute_calibration[0] == pytest.approx([4 / 9] * 5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Uses
+
+
+def test_what_is_sent_at_equal_judge_budget():
+    """The judge's scores are 0, ..., 8 and again 0, 1, 2. One model knows them, one says their
+    opposite; a quarter are three answers. The longest answer is the best, the others are alike."""
+    judge = [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]
+    e = evaluation("a", {
+        ("one", "base"): pairs([9 - j for j in judge], judge), ("one", "see"): pairs(judge, judge)
+    })  # fmt: skip
+    cell = e.cells["one", "see"]
+    cell.rollouts[8] = dataclasses.replace(cell.rollouts[8], answer="A longer answer.")
+    rows = {
+        (r["model"], r["sent"]): r for r in use_tables.sent(Results([e])).frame.to_dict("records")
+    }
+    best, mean, worst = (8 + 7 + 6) / 27, sum(judge) / 12 / 9, (0 + 0 + 1) / 27
+    top, low = rows["see", "25%"], rows["base", "25%"]
+    assert math.isclose(top["self-evaluation"].mean, best)
+    assert math.isclose(low["self-evaluation"].mean, worst)
+    assert math.isclose(low["oracle"].mean, best)
+    for name in ("random", "best constant"):
+        assert math.isclose(top[name].mean, mean)
+        np.testing.assert_allclose(top[name], rows["see", "75%"][name])
+    assert math.isclose(top["gain"].mean, best - mean) and math.isclose(
+        low["gain"].mean, worst - mean
+    )
+    # The 8, and two of the eleven others.
+    others = (sum(judge) - 8) / 11
+    assert math.isclose(top["longest first"].mean, (8 + 2 * others) / 27)
+    assert math.isclose(top["shortest first"].mean, others / 9)
+    half = (8 + 7 + 6 + 5 + 4 + 3) / 54
+    assert math.isclose(rows["see", "50%"]["self-evaluation"].mean, half)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,6 +149,33 @@ def test_what_is_not_mixed():
     other = {key: EIGHTS, ("one", "see"): (RIGHT, {"data": "other.jsonl"})}
     refused("other prompt files as one", evaluation("f", other))
     refused("no results of model none", first, against="none")
+
+
+def test_a_model_that_not_every_seed_has():
+    """Its rows are of the two evaluations that have it; all others are of the three."""
+    evaluations = [
+        evaluation(
+            name,
+            {("one", "base"): EIGHTS, ("one", "see"): pairs([k] * 12, JUDGE)}
+            | ({("one", "rare"): pairs([9 - k] * 12, JUDGE)} if k != 0 else {}),
+            [f"{name}{p}" for p in PROMPTS],
+            models=["base", *["rare"][: k != 0], "see"],
+        )
+        for k, name in enumerate("abc")
+    ]
+    results = Results(evaluations)
+    assert results.models == ["base", "see", "rare"] and results.in_some() == {"rare": 2}
+    assert "Models that not all 3 evaluations have: rare in 2." in results.note()
+    tables = {t.title: records(t) for t in report.make_tables(results)}
+    main = {r["model"]: r for r in tables["Tables 1 and 2: quality and calibration"]}
+    by_hand = np.mean([[(1 - abs(s - j) / 9) ** 2 for j in JUDGE] for s in (8, 7)])
+    assert main["rare"]["calibration"].startswith(f"{by_hand:.3f}")
+    assert main["rare"]["calibration"].endswith("(n 2)")
+    assert main["see"]["calibration"].endswith("(n 3)")
+    found = {(r["model"], r["difference"]) for r in tables["Comparisons"]}
+    assert ("rare", "calibration - base's") in found
+    for needed in ({"against": "rare"}, {"models": ("rare", "see")}):
+        refused("a: no answers of model rare to one", *evaluations, **needed)
 
 
 def test_a_seed_that_lacks_a_figure_is_named():
@@ -251,7 +329,7 @@ def test_the_windows_base_scores_are_of_prompt_and_answer():
     ]
     twins = [dataclasses.replace(r, response_ids=(7,)) for r in twins]
     base = {("a", answer_id(twins[0])): (2,) * 5, ("b", answer_id(twins[1])): (8,) * 5}
-    s, j = Window(twins, twins, base, {}, 2.0).fit
+    s, j = Window(twins, twins, base, {}).fit
     assert s[:, 0].tolist() == [2, 8] and j[:, 0].tolist() == [1, 9]
 
 
