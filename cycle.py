@@ -42,6 +42,7 @@ from grpo import group_advantages, reference_logps, response_row, rewards_of, rl
 from judge import make_judge, with_judge_url
 from judging.client import Background, JudgeError
 from plan import Setup, describe, prepare, resolve, step_batches
+from prompts import Scores
 from rollout import Collector, Sampled, rollout_means
 from sft_masked import distillation_row, sft_step
 from storage import model_card
@@ -97,6 +98,7 @@ class Run:
         self.saver = parallel.Saver()
         self.names = {p: name for name, p in self.policy.named_parameters()}
         self.optimizer: torch.optim.AdamW | None = None  # of the phase in progress
+        self.best_constant: Scores | None = None  # of the first cycle's judgements
         self.steps_done = 0  # RL steps of the cycle in progress that its state already holds
         self.on_file: dict[tuple, Rollout] = {}  # the cycle's rollouts of an earlier launch
         self.figures: dict[str, float | None] = {}  # of the step in progress, for metrics.jsonl
@@ -357,11 +359,14 @@ class Run:
 
     def _card(self, cycle: int, step: int | None) -> ModelCard:
         """What a checkpoint says about itself; the same on all ranks."""
-        judged = [r.judge_scores for r in self.folder.first_cycle()]
-        constant = best_constant(judged) if judged else None
+        if cycle == 1 or self.best_constant is None:  # after it the first cycle stays as it is
+            judged = [r.judge_scores for r in self.folder.first_cycle()]
+            self.best_constant = best_constant(judged) if judged else None
         model, judge = self.setup.inputs.model, self.collector.judge
         place, window = (cycle, step), self.setup.window
-        return model_card.of_run(self.config, model, place, judge, window, self.tokenizer, constant)
+        return model_card.of_run(
+            self.config, model, place, judge, window, self.tokenizer, self.best_constant
+        )
 
     def _save_in_phase_1(self, cycle: int, step: int) -> None:
         """At the phase's end without optimiser, because phase 2 starts with a fresh one."""

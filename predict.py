@@ -421,7 +421,8 @@ def keep(
         print(f"{len(prompts) - len(left)} of {len(prompts)} prompts are on file", file=sys.stderr)
     for p in progress(predictor.predict(left), desc="prompts", total=len(left)):
         append_prediction(folder.predictions_file, p)
-    done = read_predictions(folder.predictions_file)
+        on_file[p.id] = p
+    done = list(on_file.values())
     print(summary(done))
     if to_screen:
         counts = screen(done, folder.kept_file, folder.dropped_file)

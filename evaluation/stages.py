@@ -124,8 +124,8 @@ def read_sensitivity(cell: CellFolder, reader: Reader, version: str) -> None:
 
 
 def answers_of_others(rollouts: Sequence[Rollout]) -> dict[str, str]:
-    """Prompt -> the first answer to another prompt, in an order of the prompts that has to do with
-    neither. Rollouts lie in the order in which they finished, where neighbours are alike."""
+    """Prompt -> the first answer to another prompt. Which one is drawn: ids that a file gives may
+    lie in the order of its subjects."""
     answers = {r.prompt_id: r.answer for r in sorted(rollouts, key=lambda r: -r.sample)}
     ids = sorted(answers)
     random.Random(0).shuffle(ids)

@@ -204,10 +204,8 @@ def show(seeds: Sequence[int], out: Path, names: Sequence[str]) -> None:
 
 
 def window_quality(run: str, seeds: Sequence[int]) -> float:
-    """Mean quality of a run's well-formed rollouts in its last cycle, over seeds."""
-    folders = [run_folder(run, seed) for seed in seeds]
-    rollouts = [read_rollouts(f.rollouts(f.config()["cycles"])) for f in folders]
-    return mean(mean(r.quality for r in rs if r.quality is not None) for rs in rollouts)
+    """Mean quality of a run's judged rollouts in its last cycle, over seeds."""
+    return mean(mean(r.quality for r in run_folder(run, seed).last_cycle()) for seed in seeds)
 
 
 def table(out: Path, models: Sequence[str]) -> str:

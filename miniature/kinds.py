@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from evaluation import controls, predictors
+from evaluation import controls
 from evaluation.results import Cell, Evaluation, load_evaluation
 from miniature.world import FORKS, KINDS
 from prompts import ATTRIBUTES
@@ -48,16 +48,15 @@ def figures(cell: Cell, kinds: Sequence[str]) -> dict[str, float | None]:
     chosen = np.isin(kinds_of(cell, cell.prompts), kinds)
     if not chosen.any():
         return dict.fromkeys(FIGURES)
-    s, j, prompts = cell.s[chosen], cell.j[chosen], cell.prompts[chosen]
     indices, logp = cell.log_probabilities("own")
     read = np.isin(indices, np.flatnonzero(chosen))
     where = np.array(indices, int)[read]
     expected = controls.expected_scores(logp[read])[:, 0]
     values = (
-        len(s) / asked.sum(),
-        predictors.qualities(j).mean(),
-        predictors.calibrations(s, j).mean(),
-        pairs(s[:, CORRECTNESS], j[:, CORRECTNESS], prompts),
+        chosen.sum() / asked.sum(),
+        cell.quality[chosen].mean(),
+        cell.calibration[chosen].mean(),
+        pairs(cell.s[chosen, CORRECTNESS], cell.j[chosen, CORRECTNESS], cell.prompts[chosen]),
         pairs(expected, cell.j[where, CORRECTNESS], cell.prompts[where]),
     )
     return dict(zip(FIGURES, values, strict=True))

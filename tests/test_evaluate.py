@@ -31,7 +31,7 @@ from storage.record import answer_text, append_rollout
 from storage.run_folder import CellFolder, RunFolder
 
 
-def test_another_prompts_answer_does_not_hang_on_which_answers_finished_together(tokenizer):
+def test_another_prompts_answer_is_drawn_and_not_that_of_the_next_id(tokenizer):
     ids = [f"{k:02}" for k in range(40)]
     rollouts = [
         make_rollout(tokenizer, f"{p} {k}", prompt=p, sample=k) for p in ids for k in (1, 0)
