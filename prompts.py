@@ -78,18 +78,28 @@ _PAIRS = (_WS + "," + _WS).join(rf'"{a}"{_WS}:{_WS}([0-9])' for a in ATTRIBUTES)
 _BODY = re.compile(rf"{_WS}\{{{_WS}{_PAIRS}{_WS}\}}{_WS}{re.escape(CLOSE)}\s*")
 
 
-def parse_self_eval(text: str) -> SelfEval | None:
-    """Answer and self-scores of a well-formed response (App. B.1); None if it is malformed.
+def find_block(text: str) -> tuple[str, tuple[int, ...]] | None:
+    """Of a well-formed response (App. B.1) the text before its block, and where in `text` the five
+    score digits stand; None if it is malformed.
 
     Well-formed: exactly one opening and one closing tag, at the very end (white space may follow);
     a non-empty answer before them; exactly the five keys in order; each value one ASCII digit."""
     if text.count(OPEN) != 1 or text.count(CLOSE) != 1:
         return None
-    answer, _, rest = text.partition(OPEN)
-    body = _BODY.fullmatch(rest)
+    answer, _, _ = text.partition(OPEN)
+    body = _BODY.fullmatch(text, len(answer) + len(OPEN))
     if body is None or not answer.strip():
         return None
-    return SelfEval(answer.strip(), tuple(int(digit) for digit in body.groups()))
+    return answer, tuple(map(body.start, range(1, len(ATTRIBUTES) + 1)))
+
+
+def parse_self_eval(text: str) -> SelfEval | None:
+    """Answer and self-scores of a well-formed response; None if it is malformed (find_block)."""
+    found = find_block(text)
+    if found is None:
+        return None
+    answer, digits_at = found
+    return SelfEval(answer.strip(), tuple(int(text[k]) for k in digits_at))
 
 
 _ANY_VALUES = re.compile(
@@ -161,11 +171,8 @@ def digit_ids(token_id: int, tokenizer) -> tuple[int, ...] | None:
 
 def digit_offsets(text: str) -> tuple[int, ...] | None:
     """Where the five score digits stand in the text of a response; None if it is malformed."""
-    if parse_self_eval(text) is None:
-        return None
-    block = text.index(OPEN) + len(OPEN)
-    body = _BODY.fullmatch(text[block:])
-    return tuple(block + body.start(group) for group in range(1, len(ATTRIBUTES) + 1))
+    found = find_block(text)
+    return found and found[1]
 
 
 def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | None:
@@ -178,8 +185,8 @@ def score_positions(token_ids: Sequence[int], tokenizer) -> tuple[int, ...] | No
     digits_at = digit_offsets(text)
     if digits_at is None:
         return None
-    # The block ends the text and is ASCII: give each token, from the last on, the characters that
-    # it adds to the tokens before it, and find the five digits by their distance from the end.
+    # Give each token, from the last on, the characters that it adds to the tokens before it, and
+    # find the five digits by their distance from the end, of which the block is near.
     positions: list[int] = []
     k, begin = len(ids), len(text)  # tokens from k on write the text from `begin` on
     for digit_at in reversed(digits_at):

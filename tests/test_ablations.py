@@ -13,6 +13,7 @@ import cycle
 import prompts
 import reward
 import rollout
+from backend import sampler
 from config import parse
 from storage.run_folder import RunFolder
 
@@ -38,7 +39,7 @@ FIELDS = {
     "no_latent": {"model": "models/tiny-0-no-latent"},
 }
 
-MODULES = (cycle, reward, rollout, prompts)  # in which variants replace something
+MODULES = (cycle, reward, rollout, prompts, sampler)  # in which variants replace something
 
 
 @pytest.fixture
@@ -176,6 +177,28 @@ def test_a_rationale_is_asked_for_and_is_no_part_of_the_answer(load, tokenizer):
     digits = [tokenizer.decode([ids[k]]).strip() for k in prompts.score_positions(ids, tokenizer)]
     assert digits == ["8", "7", "6", "5", "4"]
     prompts.check_tokenizer(tokenizer)
+
+
+def test_scores_first(load, tokenizer):
+    """Form, template, positions; the method's own form is malformed, and so is a cut answer."""
+    load("scores_first")
+    asked = prompts.policy_prompt([{"role": "user", "content": "Why?"}])
+    assert asked.count("[END]") == 6 + 3 and asked.count("[/SELF_EVAL]") == 6 + 1
+    assert asked.index("Answer the latest") < asked.index("But first write exactly one")
+    scores = (8, 7, 6, 5, 4)
+    block = prompts.render_self_eval(scores)
+    text = prompts.render_response("It is 3.", scores)
+    assert text == f"{block}\n\nIt is 3.\n[END]"
+    assert rollout.parse_self_eval(text) == ("It is 3.", scores)
+    for other in (f"It is 3.\n\n{block}", f"{block}\n\nIt is 3.", f"{block}\n[END]", f"{text} x",
+                  f"x {text}", f"{block}{text}", text.replace("3", "[END]")):  # fmt: skip
+        assert rollout.parse_self_eval(other) is None, other
+    ids = tokenizer.encode(text)
+    digits = [tokenizer.decode([ids[k]]).strip() for k in prompts.score_positions(ids, tokenizer)]
+    assert digits == ["8", "7", "6", "5", "4"] and sampler.CLOSE == "[END]"
+    prompts.check_tokenizer(tokenizer)
+    masked = cycle.distillation_row(make_rollout(tokenizer), tokenizer)
+    assert sum(masked.mask) == 5
 
 
 def test_selections_by_hand(load, tokenizer):
