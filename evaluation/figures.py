@@ -260,6 +260,7 @@ def forest(
                               marker="o", markersize=5, markerfacecolor=fill,
                               color=colour(0))  # fmt: skip
         axis.set(xlabel=name, yticks=range(len(labels)), yticklabels=labels)
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(alpha=0.3, axis="x")
     axes[0][0].set_ylim(len(labels) - 0.5, -0.5)  # the first on top
     fig.suptitle(title)

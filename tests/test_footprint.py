@@ -46,11 +46,11 @@ with parallel.process_group():
     reference = load_policy(folder, config, trainable=False)
     optimizer = make_optimizer(policy, GRPOConfig())
     rows = [response_row(r.prompt_ids, r.response_ids) for r in rollouts]
-    for _ in range(2):
-        work = share_out(rows, [0] * n, config.micro_batch_tokens, config.shared_prefix)
+    for k in (1, n):  # AdamW's state is there after the first step
+        work = share_out(rows[:k], [0] * k, config.micro_batch_tokens, config.shared_prefix)
         refs = reference_logps(reference, work.batches, 1.0)
-        advantages = torch.arange(n, dtype=torch.float32)
-        rl_step(policy, optimizer, work, rollouts, advantages, refs, 1.0, GRPOConfig())
+        advantages = torch.arange(k, dtype=torch.float32)
+        rl_step(policy, optimizer, work, rollouts[:k], advantages, refs, 1.0, GRPOConfig())
     print(resident("VmHWM:") - before)
 """
 
