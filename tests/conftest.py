@@ -3,6 +3,7 @@
 Run all tests: make test. One file: .venv/bin/python -m pytest tests/test_grpo.py
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -63,7 +64,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def group():
     """A process group of one rank, for code that reduces over ranks."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     with parallel.process_group():
         yield
 
@@ -178,13 +179,12 @@ def parrot_folder(request, tmp_path_factory, tokenizer):
     sources = [(ROOT / name).read_bytes() for name in ("tests/conftest.py", "prompts.py")]
     recipe = hashlib.sha256(b"".join(sources) + torch.__version__.encode()).hexdigest()[:16]
     kept = request.config.cache.mkdir("parrot") / recipe
-    if not kept.exists():
-        path = tmp_path_factory.mktemp("parrot")
-        make_parrot(path, tokenizer)
-        mine = kept.with_suffix(f".{os.getpid()}.tmp")
-        shutil.copytree(path, mine)
-        if not kept.exists():  # another worker may have been faster
-            mine.rename(kept)
+    with open(kept.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker makes it, the others wait
+        if not kept.exists():
+            path = kept.with_suffix(".tmp")
+            make_parrot(path, tokenizer)
+            path.rename(kept)
     return Path(shutil.copytree(kept, tmp_path_factory.mktemp("parrot") / "model"))
 
 

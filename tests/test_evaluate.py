@@ -127,7 +127,8 @@ def contents(folder):
     found = {}
     for path in sorted(folder.rglob("*.jsonl")):
         if path.name != "judge_cache.jsonl":
-            rows = (json.dumps(row, sort_keys=True) for row in lines(path))
+            rows = [{k: v for k, v in row.items() if k != "sampled_after"} for row in lines(path)]
+            rows = (json.dumps(row, sort_keys=True) for row in rows)
             found[str(path.relative_to(folder))] = sorted(set(rows))
     return found
 
