@@ -355,8 +355,6 @@ class Run:
                 print(f"{too_long} prompts are over {limit} tokens and are left out")
         parallel.barrier()
 
-    # The saver's thread writes; before it gets more, all that it has must be on file.
-
     def _card(self, cycle: int, step: int | None) -> ModelCard:
         """What a checkpoint says about itself; the same on all ranks."""
         if cycle == 1 or self.best_constant is None:  # after it the first cycle stays as it is
@@ -378,6 +376,7 @@ class Run:
             self._save(cycle, step, None if last else self.optimizer)
 
     def _finish_saving(self) -> None:
+        """Before the saver gets more, all that it has must be on file."""
         with self.clock("saving"):
             self.saver.join()
 

@@ -25,14 +25,10 @@ class Flops(TorchDispatchMode):
     as its kernel is called: half of the square where it is causal, all of it where it has a mask.
     `by_part`: "attention", "head" (products with a side of `vocabulary`), "matrix products"."""
 
-    def __init__(self, vocabulary: int = 0):
+    def __init__(self, vocabulary: int):
         super().__init__()
         self.by_part: Counter[str] = Counter()
         self.vocabulary = vocabulary
-
-    @property
-    def total(self) -> int:
-        return self.by_part.total()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, torch.distributed.tensor.DTensor) for t in types):
@@ -52,11 +48,11 @@ class Flops(TorchDispatchMode):
         return out
 
 
-def count_flops(step: Callable[[], object]) -> int:
-    """Of one call of `step`, of which nothing runs compiled."""
-    with torch.compiler.set_stance("force_eager"), Flops() as flops:
+def count_flops(step: Callable[[], object], vocabulary: int = 0) -> Counter[str]:
+    """By part, of one call of `step`, of which nothing runs compiled."""
+    with torch.compiler.set_stance("force_eager"), Flops(vocabulary) as flops:
         step()
-    return flops.total
+    return flops.by_part
 
 
 class Products:

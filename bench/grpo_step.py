@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from sides import Side, Stopwatch, alone, compare, matrix_rate, print_distances, print_table
+from sides import Side, Stopwatch, alone, compare_and_print, matrix_rate
 
 from backend.policy import PolicyConfig, check_compiler
 from storage.record import read_rollouts
@@ -250,11 +250,7 @@ def compare_sides(
     exact = [alone(side(make.__name__, make, **plain)) for make in (See, TRL)]
     for name, changes in theirs.items():
         pair = [side("SEE", See), side(name, TRL, **changes)]
-        gradients = [one.ask("gradients") for one in pair]
-        print_table(compare(pair, args.repeats), rate)
-        print_distances(*([g, e] for g, e in zip(gradients, exact, strict=True)), args.dtype)
-        for one in pair:
-            one.close()
+        compare_and_print(pair, exact, args.repeats, rate, args.dtype)
 
 
 def can_compile() -> bool:

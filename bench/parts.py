@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from flops import Flops
+from flops import count_flops
 from grpo_step import See, drawn
 from sides import matrix_rate
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -112,8 +112,7 @@ def main() -> None:
     side = See(args.model, rollouts, options)
     for _ in range(2):
         side.step()
-    with torch.compiler.set_stance("force_eager"), Flops(side.vocabulary) as flops:
-        side.step()
+    flops = count_flops(side.step, side.vocabulary)
     seconds, calls, whole = profiled(side)
     if first:
         print(f"{args.prompt_tokens:,} + {args.responses} x {args.response_tokens} tokens, "
@@ -122,12 +121,12 @@ def main() -> None:
         print(f"{'':24}{'seconds':>9}{'share':>8}{'operators':>11}{'TFLOP':>8}{'GFLOP/s':>9}"
               f"{'of rate':>9}")  # fmt: skip
         for part in PARTS:
-            asked, spent = flops.by_part[part], seconds[part]
+            asked, spent = flops[part], seconds[part]
             speed = f"{asked / 1e12:8.2f}{asked / spent / 1e9:9.0f}{asked / spent / rate:9.0%}"
             print(f"{part:24}{spent:9.2f}{spent / whole:8.0%}{calls[part]:11,}"
                   + (speed if asked else ""))  # fmt: skip
-        print(f"{'all':24}{whole:9.2f}{'':19}{flops.total / 1e12:8.2f}"
-              f"{flops.total / whole / 1e9:9.0f}{flops.total / whole / rate:9.0%}")  # fmt: skip
+        print(f"{'all':24}{whole:9.2f}{'':19}{flops.total() / 1e12:8.2f}"
+              f"{flops.total() / whole / 1e9:9.0f}{flops.total() / whole / rate:9.0%}")  # fmt: skip
     side.close()
 
 

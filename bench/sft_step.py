@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sides import Side, Stopwatch, alone, compare, matrix_rate, print_distances, print_table
+from sides import Side, Stopwatch, alone, compare_and_print, matrix_rate
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -149,11 +149,7 @@ def main() -> None:
 
     exact = [alone(side) for side in sides("float32", False)]
     pair = sides(args.dtype, args.compile)
-    gradients = [side.ask("gradients") for side in pair]
-    print_table(compare(pair, args.repeats), rate)
-    print_distances(*([g, e] for g, e in zip(gradients, exact, strict=True)), args.dtype)
-    for side in pair:
-        side.close()
+    compare_and_print(pair, exact, args.repeats, rate, args.dtype)
 
 
 if __name__ == "__main__":

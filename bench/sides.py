@@ -55,7 +55,7 @@ def _serve(pipe, make, threads: int, args) -> None:
             own = {
                 "peak": _peak,
                 "forget_peak": _forget_peak,
-                "flops": lambda: count_flops(side.step),
+                "flops": lambda: count_flops(side.step).total(),
                 "tokens": lambda: side.tokens,
             }.get(what)
             pipe.send(own() if own else getattr(side, what)())
@@ -121,13 +121,20 @@ def agreement(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return (difference / sum(b[k].double().square().sum() for k in b)).sqrt().item()
 
 
-def print_distances(ours: list[dict], theirs: list[dict], dtype: str) -> None:
-    """Gradients: [in `dtype`, in fp32] of each side."""
+def compare_and_print(
+    pair: list[Side], exact: list[dict], repeats: int, rate: float, dtype: str
+) -> None:
+    """Times and gradients of ours and theirs, which end with it. `exact`: each one's gradients in
+    fp32; `rate` as in print_table."""
+    ours, theirs = (side.ask("gradients") for side in pair)
+    print_table(compare(pair, repeats), rate)
     print(
         f"gradients, |difference| / |gradient|: between the two in fp32 "
-        f"{agreement(ours[1], theirs[1]):.1e}; of each in {dtype} from itself in fp32, ours "
-        f"{agreement(*ours):.1e}, theirs {agreement(*theirs):.1e}"
+        f"{agreement(*exact):.1e}; of each in {dtype} from itself in fp32, ours "
+        f"{agreement(ours, exact[0]):.1e}, theirs {agreement(theirs, exact[1]):.1e}"
     )
+    for side in pair:
+        side.close()
 
 
 def print_table(rows: list[dict], rate: float) -> None:
