@@ -76,10 +76,9 @@ def check_gpu() -> None:
     """Raise ValueError on a machine with a GPU that PyTorch cannot use, where all would run on CPU
     in silence."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.cuda.is_available() or hidden or not shutil.which("nvidia-smi"):
+    if torch.cuda.is_available() or hidden:
         return
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    if listed.startswith("GPU"):
+    if listed := gpu_listed():
         built = torch.version.cuda
         remedy = (
             f"is built for CUDA {built}, for which the driver is probably too old; update it"
@@ -87,7 +86,15 @@ def check_gpu() -> None:
             else "is a CPU build; run make setup"
         )
         raise ValueError(
-            f"{listed.splitlines()[0].split(' (UUID')[0]} cannot be used: PyTorch "
+            f"{listed} cannot be used: PyTorch "
             f"{torch.__version__} {remedy}. CUDA_VISIBLE_DEVICES=-1 before the command runs it on "
             "CPU"
         )
+
+
+def gpu_listed() -> str:
+    """The driver's first GPU, as "GPU 0: NVIDIA H200"; "" where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return listed.splitlines()[0].split(" (UUID")[0] if listed.startswith("GPU") else ""

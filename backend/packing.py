@@ -65,6 +65,7 @@ class Batch(NamedTuple):
     # the scored token.
     hidden_index: torch.Tensor
     targets: torch.Tensor  # (N,) ids of the scored tokens
+    scored_index: torch.Tensor  # (N,) index of the scored tokens into scored.flatten()
     scored: torch.Tensor  # (B, T) bool: which tokens of each row, from token P on, are scored
     mask: torch.Tensor  # (B, T) bool: which tokens enter the loss: as scored, in a filler none
 
@@ -238,12 +239,15 @@ def _batch(index, rows, ids, positions, prefix: int, lengths, hidden_index) -> B
     scored = torch.zeros(len(rows), max(len(row.ids) for row in rows) - prefix, dtype=torch.bool)
     for b, row in enumerate(rows):
         scored[b, : len(row.ids) - prefix] = torch.tensor(row.mask[prefix:])
-    targets = [
-        token
-        for row in rows
-        for token, is_scored in zip(row.ids, row.mask, strict=True)
+    width = scored.shape[1]
+    found = [
+        (row.ids[t], b * width + t - prefix)
+        for b, row in enumerate(rows)
+        for t, is_scored in enumerate(row.mask)
         if is_scored
     ]
+    targets, index_in_rows = ([x[k] for x in found] for k in (0, 1))
+    here = scored.to(device)
     return Batch(
         index,
         torch.tensor(ids, device=device),
@@ -253,8 +257,9 @@ def _batch(index, rows, ids, positions, prefix: int, lengths, hidden_index) -> B
         ends,
         torch.tensor(hidden_index, dtype=torch.long, device=device),
         torch.tensor(targets, dtype=torch.long, device=device),
-        scored.to(device),
-        scored.to(device),
+        torch.tensor(index_in_rows, dtype=torch.long, device=device),
+        here,
+        here,
     )
 
 

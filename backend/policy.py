@@ -171,8 +171,9 @@ class Policy(torch.nn.Module):
         values = HeadLogProbs.apply(
             predicting, weight, batch.targets, temperature, self.head_tokens
         )
+        # By an index: masked_scatter makes the host wait for the GPU in backward.
         zeros = torch.zeros(batch.scored.shape, device=hidden.device)  # (B, T)
-        return Scored(*(zeros.masked_scatter(batch.scored, value) for value in values))
+        return Scored(*(zeros.put(batch.scored_index, value) for value in values))
 
     def full_weights(
         self, dtype: torch.dtype = torch.bfloat16

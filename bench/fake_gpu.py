@@ -21,7 +21,6 @@ import sys
 import weakref
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -37,9 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from real_gpu import caller
+
 from backend import packing, parallel
 
-ROOT = Path(__file__).parent.parent
 NAME = "gpu"
 BLOCK = 512  # bytes: CUDA's caching allocator gives multiples of it
 aten = torch.ops.aten
@@ -100,11 +100,17 @@ class Gpu(TorchDispatchMode):
         self.pairs: dict[int, int] = {}
         self.now = self.uncounted = 0
         self.sizes: dict[int, int] = {}  # of the storages there are
+        self.device, self.seconds = DEVICE, None  # there is no time here
         self.reset()
 
     def reset(self) -> None:
         self.peak, self.flops, self.kernels, self.moved = self.now, 0, 0, 0
         self.waits: Counter = Counter()
+
+    def stop(self) -> None: ...
+    def fill(self, name: str, rows: torch.Tensor) -> None:
+        """A copy from the host, in place of reading a weight."""
+        rows.copy_(torch.empty_like(rows, device="cpu"))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -119,6 +125,8 @@ class Gpu(TorchDispatchMode):
         if func in (aten.index.Tensor, aten.masked_select.default, aten.nonzero.default):
             if (most := self._all_chosen(func, args)) is not None:
                 return most
+        if func is aten.masked_scatter_backward.default and _here(args[0]):
+            self._wait()  # chosen by a mask within the operator
         self._look_for_copies(func, args, kwargs)
         out = func(*args, **kwargs)
         if not self.uncounted:
@@ -129,13 +137,7 @@ class Gpu(TorchDispatchMode):
     # Where the host waits
 
     def _wait(self) -> None:
-        frame, skipped = sys._getframe(1), (str(ROOT / "bench"), str(ROOT / ".venv"))
-        while frame is not None:
-            file = frame.f_code.co_filename
-            if file.startswith(str(ROOT)) and not file.startswith(skipped):
-                break
-            frame = frame.f_back
-        self.waits[f"{Path(file).name} {frame.f_code.co_name}" if frame else "elsewhere"] += 1
+        self.waits[caller(sys._getframe(1))] += 1
 
     def _number(self, tensor):
         """Some value of the type, which the host has waited for."""

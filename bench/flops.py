@@ -17,7 +17,22 @@ aten = torch.ops.aten
 _ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 2),
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 5),
+    aten._scaled_dot_product_flash_attention.default: (0, 2),
+    aten._scaled_dot_product_flash_attention_backward.default: (1, 5),
+    aten._scaled_dot_product_efficient_attention.default: (0, 2),
+    aten._scaled_dot_product_efficient_attention_backward.default: (1, 5),
 }
+# The same of a pack on a GPU. Where among the arguments the query is, the ends of its sequences.
+_VARLEN = {
+    torch.ops.torch_attn._varlen_attn.default: (0, 3, 2),
+    torch.ops.torch_attn._varlen_attn_backward.default: (1, 6, 5),
+}
+
+
+def _causal_pairs(queries: torch.Tensor, keys: torch.Tensor) -> int:
+    """Of sequences that end there, each one's last query with all its keys."""
+    q, k = queries.diff().long(), keys.diff().long()
+    return int((q * k - q * (q - 1) // 2).sum())
 
 
 class Flops(TorchDispatchMode):
@@ -41,6 +56,11 @@ class Flops(TorchDispatchMode):
             causal = any(x is True for x in args)
             pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
             self.by_part["attention"] += products * 2 * pairs * query.shape[3] // (1 + causal)
+        elif func in _VARLEN:
+            query, ends, products = _VARLEN[func]
+            _, heads, size = args[query].shape
+            pairs = _causal_pairs(*args[ends : ends + 2])
+            self.by_part["attention"] += products * 2 * pairs * heads * size
         elif func._overloadpacket in flop_registry:
             sides = {n for x in (*args, out) if isinstance(x, torch.Tensor) for n in x.shape}
             part = "head" if self.vocabulary in sides else "matrix products"
@@ -75,7 +95,8 @@ class Products:
 
     def _rate(self, shapes: list[tuple[int, int, int]]) -> float:
         """Of n tokens, m numbers out, k in; the median of five rounds after one."""
-        of = {"dtype": self.dtype}
+        on_gpu = torch.cuda.is_available()
+        of = {"dtype": self.dtype, "device": "cuda" if on_gpu else "cpu"}
         tensors = [
             (torch.randn(n, k, **of), torch.randn(m, k, **of), torch.randn(n, m, **of))
             for n, m, k in shapes
@@ -87,5 +108,7 @@ class Products:
                 F.linear(x, weight)
                 gradient @ weight
                 gradient.T @ x
+            if on_gpu:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         return sum(6 * n * m * k for n, m, k in shapes) / statistics.median(seconds[1:])

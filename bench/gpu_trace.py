@@ -1,8 +1,10 @@
-"""One rank of the paper's run on a GPU that is not there (fake_gpu.py), stage by stage.
+"""One rank of the paper's run on a GPU that is not there (fake_gpu.py) or on this machine's
+(real_gpu.py), stage by stage.
 
 Every stage calls what cycle.py and evaluate.py call. Replaced is what reads or writes weights,
 which fake tensors do not have: files of weights, of state and of exports are not touched, but what
-they would hold is compared with what is asked for.
+they would hold is compared with what is asked for. On a real GPU weights are drawn at random; there
+are the stages up to "hand-over".
 """
 
 import sys
@@ -14,7 +16,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import fake_gpu  # noqa: E402
+import real_gpu  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -37,12 +39,13 @@ class Stage(NamedTuple):
     moved: int  # bytes that kernels read and write
     kernels: int
     waits: dict[str, int]  # {"file.py function": how often the host waited}
+    seconds: float | None  # on a real GPU
 
 
 class Rank:
     """Rank `rank` of `ranks` with policy, reference and optimiser; `stages` are kept by name."""
 
-    def __init__(self, gpu: fake_gpu.Gpu, folder: Path, config: PolicyConfig):
+    def __init__(self, gpu, folder: Path, config: PolicyConfig):
         self.gpu, self.folder, self.config = gpu, folder, config
         self.stages: dict[str, Stage] = {}
         with self.stage("load"):
@@ -56,7 +59,9 @@ class Rank:
         self.gpu.reset()
         yield
         g = self.gpu
-        self.stages[name] = Stage(g.peak, g.now, g.flops, g.moved, g.kernels, dict(g.waits))
+        g.stop()
+        counts = g.peak, g.now, g.flops, g.moved, g.kernels, dict(g.waits)
+        self.stages[name] = Stage(*counts, g.seconds)
 
     def rl_steps(self, prompt: int, responses: list[int], prompts: int, steps: int = 2) -> None:
         """`prompts` prompts over all ranks, each with responses of these lengths. The second step
@@ -84,6 +89,7 @@ class Rank:
                     self.policy, self.optimizer, work, rollouts, advantages, refs, TEMPERATURE, grpo
                 )
             self.packs = len(work.batches)
+            self.tokens = sum(batch.ids.numel() for batch in work.batches)
 
     def sft_steps(self, prefix: int, lengths: list[int]) -> None:
         """Two updates on rows of these lengths after a template. Stage "distillation"."""
@@ -103,7 +109,7 @@ class Rank:
         """Each gathered weight, one after the other."""
         with self.stage("hand-over"):
             for name, whole in self.policy.full_weights():
-                assert whole.device == fake_gpu.DEVICE and whole.dtype == torch.bfloat16, name
+                assert whole.device == self.gpu.device and whole.dtype == torch.bfloat16, name
 
     def save_and_restore(self, folder: Path, with_optimizer: bool) -> None:
         """State as in cycle.Run: all of it lies on the device, and all that was saved comes
@@ -115,7 +121,7 @@ class Rank:
             if optimizer is not None:
                 found |= parallel.optimizer_tensors(optimizer, self.names)
             for name, t in found.items():  # a CPU tensor without dimensions would pass elsewhere
-                assert t.device == fake_gpu.DEVICE, f"{name} is on {t.device}"
+                assert t.device == self.gpu.device, f"{name} is on {t.device}"
             return found
 
         def local(t):
@@ -167,8 +173,9 @@ class Rank:
 
 
 @contextmanager
-def rank(folder: Path, config: PolicyConfig, ranks: int = 4, number: int = 0):
-    """A Rank for a `with` block."""
+def rank(folder: Path, config: PolicyConfig, ranks: int = 4, number: int = 0, real: bool = False):
+    """A Rank for a `with` block: number `number` of `ranks`. `real`: the only one, on this
+    machine's GPU."""
 
     def whole_model(folder, dtype, attn_implementation="sdpa"):
         config = policy._without_dropout(folder)
@@ -176,27 +183,31 @@ def rank(folder: Path, config: PolicyConfig, ranks: int = 4, number: int = 0):
             config, dtype=dtype, attn_implementation=attn_implementation
         )
 
+    @torch.no_grad()
+    def fill_shards(model, _) -> None:
+        for name, p in model.named_parameters():
+            rows, start = parallel.own_rows(p)
+            assert rows.device == gpu.device and start + len(rows) <= p.shape[0], name
+            gpu.fill(name, rows)
+        for name, buffer in model.named_buffers():
+            assert buffer.device == gpu.device, name
+
     with ExitStack() as stack:
         for owner, name, value in (
-            (policy, "_read_weights", _shards_are_in_place),
+            (policy, "_read_weights", fill_shards),
             (sampler, "load_model", whole_model),
             (digits, "load_model", whole_model),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        gpu = stack.enter_context(fake_gpu.on(ranks, number))
+        gpu = stack.enter_context(real_gpu.on() if real else _fake(ranks, number))
         stack.enter_context(parallel.process_group())
         yield Rank(gpu, folder, config)
 
 
-@torch.no_grad()
-def _shards_are_in_place(model, folder) -> None:
-    """In place of reading them: a copy from the host into each shard."""
-    for name, p in model.named_parameters():
-        rows, start = parallel.own_rows(p)
-        assert rows.device == fake_gpu.DEVICE and start + len(rows) <= p.shape[0], name
-        rows.copy_(torch.empty_like(rows, device="cpu"))
-    for name, buffer in model.named_buffers():
-        assert buffer.device == fake_gpu.DEVICE, name
+def _fake(ranks: int, number: int):
+    import fake_gpu  # registers its device for good
+
+    return fake_gpu.on(ranks, number)
 
 
 # Qwen/Qwen3-4B-Base, the paper's model.

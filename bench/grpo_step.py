@@ -165,6 +165,7 @@ class TRL:
             "completion_mask": torch.tensor(mask),
             "advantages": (rewards - rewards.mean()) / (rewards.std() + 1e-6),
         }
+        self.inputs = {k: x.to(self.trainer.accelerator.device) for k, x in self.inputs.items()}
 
     def step(self, use=None) -> Stopwatch:
         watch, t, n = Stopwatch(), self.trainer, self.rows

@@ -1,12 +1,13 @@
 """Memory and work of each GPU, for a model and a machine that need not be there.
 
     python bench/memory.py --model DIR --gpus 4 --gpu_gb 96
+    python bench/memory.py --model DIR --gpus 1 > traced.txt; python bench/memory.py --model DIR --measure
 
 DIR needs a config.json and nothing else. Each case is traced: the run's own step is taken on a GPU
 that is not there (fake_gpu.py), where memory, FLOPs and traffic are counted and nothing is
 computed; beside it stands the formula that --dry_run uses (backend/footprint.py). About a quarter
-of a minute a case for Qwen3-4B. No GPU has been measured: a CUDA context, NCCL's buffers and
-fragmentation are in the margin and not in the trace.
+of a minute a case for Qwen3-4B. A CUDA context, NCCL's buffers and fragmentation are in the margin
+and not in the trace. --measure takes the same steps with random weights on this machine's GPU.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpu_trace  # noqa: E402
+import torch  # noqa: E402
 
 from backend import footprint  # noqa: E402
 from backend.model_folder import model_size  # noqa: E402
-from config import PRESETS  # noqa: E402
+from config import PRESETS, Config  # noqa: E402
 
 # bf16 FLOP/s without sparsity and bytes/s of memory, by the makers' data sheets.
 CARDS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
@@ -45,7 +47,15 @@ def main() -> None:
     parser.add_argument("--card", choices=CARDS, default="H100", help="for the bound on time")
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="decides the rest")
     parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES))
+    parser.add_argument("--measure", action="store_true", help="on this machine's GPU, one rank")
     args = parser.parse_args()
+    if args.measure:
+        measure(args)
+    else:
+        trace(args)
+
+
+def trace(args: argparse.Namespace) -> None:
     config, size = replace(PRESETS[args.preset], sampler="vllm"), model_size(args.model)
     machine = footprint.Machine(args.gpu_gb * 1e9, cuda=True)
     print(f"{size.kind}, {size.parameters / 1e9:.2f} B parameters, preset {args.preset}, "
@@ -57,17 +67,8 @@ def main() -> None:
     print(f"{'':24}" + "".join(f"{name:>11}" for name in head), flush=True)
     peak = 0.0
     for name in args.case:
-        prompt, responses, prompts, options = CASES[name]
-        policy = replace(config.policy, **options)
-        with gpu_trace.rank(Path(args.model), policy, args.gpus) as rank:
-            rank.rl_steps(prompt, responses, prompts * args.gpus)
-        stages = rank.stages
-        rows = len(responses)
-        tokens = prompt + sum(responses)
-        if not policy.shared_prefix:
-            tokens = rows * (prompt + max(responses))
-        same = replace(config, policy=policy, prompt_tokens=prompt, rollouts=max(2, rows))
-        formula = sum(footprint.training(same, size, args.gpus, True, tokens).values())
+        rank, formula, rows = take(name, Path(args.model), config, args.gpus)
+        stages, (_, _, prompts, options) = rank.stages, CASES[name]
         step = stages["RL step"].peak
         scale = config.batch * config.rollouts / args.gpus / (prompts * rows)
         flops = scale * (stages["reference"].flops + stages["RL step"].flops)
@@ -97,6 +98,48 @@ def main() -> None:
     free = machine.memory - footprint.engine(config, size, machine)
     fit = footprint.tokens_that_fit(config, size, machine, args.gpus, free)
     print(f"tokens of a micro-batch that fit        {fit:8,}")
+
+
+def take(name: str, model: Path, config: Config, ranks: int, real: bool = False):
+    """A case's two steps: the rank with its stages, bytes by formula, rollouts of a prompt."""
+    prompt, responses, prompts, options = CASES[name]
+    policy = replace(config.policy, **options)
+    with gpu_trace.rank(model, policy, ranks, real=real) as rank:
+        rank.rl_steps(prompt, responses, prompts * ranks)
+    rows = len(responses)
+    tokens = prompt + sum(responses)
+    if not policy.shared_prefix:
+        tokens = rows * (prompt + max(responses))
+    same = replace(config, policy=policy, prompt_tokens=prompt, rollouts=max(2, rows))
+    return rank, sum(footprint.training(same, model_size(model), ranks, True, tokens).values()), rows
+
+
+def measure(args: argparse.Namespace) -> None:
+    config = replace(PRESETS[args.preset], sampler="vllm")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, preset {args.preset}. GB: "
+          "peaks of PyTorch's allocator, RL step by\nformula, its ratio, and what the allocator "
+          "held. Seconds of the second step.\n")  # fmt: skip
+    head = ("load", "reference", "RL step", "formula", "ratio", "held", "s ref.", "s RL", "tokens/s")
+    print(f"{'':24}" + "".join(f"{name:>11}" for name in head), flush=True)
+    for name in args.case:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        rank, formula, rows = take(name, Path(args.model), config, 1, real=True)
+        load, reference, step = (rank.stages[k] for k in ("load", "reference", "RL step"))
+        held, seconds = torch.cuda.memory_reserved() / 1e9, reference.seconds + step.seconds
+        values = (load.peak / 1e9, reference.peak / 1e9, step.peak / 1e9, formula / 1e9,
+                  formula / step.peak, held, reference.seconds, step.seconds, rank.tokens / seconds)
+        print(f"{name:24}" + "".join(f"{x:11.2f}" for x in values), flush=True)
+        print("    waits: " + ", ".join(f"{n} x {k}" for k, n in step.waits.items()), flush=True)
+        del rank
+    with gpu_trace.rank(Path(args.model), config.policy, 1, real=True) as rank:
+        rank.sft_steps(1000, [1000] * config.sft.batch)
+        tuning = rank.stages["distillation"]
+        rank.hand_over()
+        moved = rank.stages["hand-over"]
+    print(f"\ndistillation, {config.sft.batch} x (1,000 + 1,000)   {tuning.peak / 1e9:.2f} GB, "
+          f"{tuning.seconds:.2f} s an update\n"
+          f"hand-over  {moved.peak / 1e9:.2f} GB, {moved.seconds:.2f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

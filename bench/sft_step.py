@@ -76,9 +76,11 @@ class Usual:
         from transformers import AutoModelForCausalLM
 
         self.bf16 = options["dtype"] == "bfloat16"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, local_files_only=True
-        ).train()
+        )
+        self.model.to(self.device).train()
         if options["gradient_checkpointing"]:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         width = max(len(ids) for ids, _ in rows)
@@ -86,7 +88,8 @@ class Usual:
         self.ids = torch.tensor([[*i, *[0] * n] for (i, _), n in zip(rows, fill, strict=True)])
         self.seen = torch.tensor([[1] * (width - n) + [0] * n for n in fill])
         mask = torch.tensor([[*m, *[False] * n] for (_, m), n in zip(rows, fill, strict=True)])
-        self.labels = self.ids.masked_fill(~mask, -100)
+        self.labels = self.ids.masked_fill(~mask, -100).to(self.device)
+        self.ids, self.seen = self.ids.to(self.device), self.seen.to(self.device)
         self.size, self.tokens = options["micro_batch_rows"], self.ids.numel()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=2e-6, weight_decay=0.0, fused=True
@@ -97,7 +100,7 @@ class Usual:
         with watch("update"):
             for i in range(0, len(self.ids), self.size):
                 at = slice(i, i + self.size)
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
                     out = self.model(
                         input_ids=self.ids[at], attention_mask=self.seen[at], labels=self.labels[at]
                     )

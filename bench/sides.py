@@ -65,11 +65,17 @@ def _serve(pipe, make, threads: int, args) -> None:
 
 
 def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> float:
-    """The process's largest resident memory since it was forgotten, in GB."""
+    """Since it was forgotten, in GB: the process's largest resident memory, or on a GPU the largest
+    memory of its tensors there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
@@ -81,6 +87,8 @@ class Stopwatch(dict):
     def __call__(self, part: str):
         started = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self[part] = self.get(part, 0.0) + time.perf_counter() - started
 
 

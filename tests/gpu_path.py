@@ -1,6 +1,7 @@
 """Not a test: what test_gpu.py runs in a process of its own, because a device cannot be taken back.
 
-gpu_path.py MODEL_FOLDER TMP    {"path": {ranks: {options: {stage: figures}}}, "faults": ...}
+gpu_path.py MODEL_FOLDER TMP          {ranks: {options: {stage: figures}}, "faults": ...}
+gpu_path.py MODEL_FOLDER TMP --real   {options: {stage: figures}} of this machine's GPU
 """
 
 import inspect
@@ -67,12 +68,12 @@ def read(r, tokenizer) -> None:
     assert all(len(x.free) == len(x.judge) == 5 for x in readings)
 
 
-def path(folder: Path, tmp: Path, ranks: int, number: int, configs) -> dict:
+def path(folder: Path, tmp: Path, ranks: int, number: int, configs, real: bool = False) -> dict:
     tokenizer, found = load_tokenizer(folder), {}
     for name in configs:
         config = PolicyConfig(micro_batch_tokens=90, head_tokens=40, **CONFIGS[name])
-        with gpu_trace.rank(folder, config, ranks, number) as r:
-            for stage in STAGES if name == "shared" else ("rl", "sft"):
+        with gpu_trace.rank(folder, config, ranks, number, real) as r:
+            for stage in STAGES if name == "shared" and not real else ("rl", "sft"):
                 STAGES[stage](r, tokenizer, tmp)
             found[name] = {k: s._asdict() for k, s in r.stages.items()} | {"packs": r.packs}
     return found
@@ -122,14 +123,14 @@ FAULTS = {
     ),
     "mask on the CPU": (
         packing._batch,
-        "scored.to(device),\n        scored.to(device)",
-        "scored.to(device),\n        scored",
+        "here,\n        here",
+        "here,\n        scored",
         "rl",
     ),
     "scored on the CPU": (
         packing._batch,
-        "scored.to(device),\n        scored.to(device)",
-        "scored,\n        scored.to(device)",
+        "here,\n        here",
+        "scored,\n        here",
         "rl",
     ),
     "targets on the CPU": (
@@ -177,6 +178,18 @@ FAULTS = {
         grpo.rl_step,
         "loss.backward()",
         "loss.backward(); loss.item()",
+        "rl",
+    ),
+    "values laid out by a mask": (
+        policy.Policy.forward,
+        "zeros.put(batch.scored_index, value)",
+        "zeros.masked_scatter(batch.scored, value)",
+        "rl",
+    ),
+    "an index on the CPU": (
+        packing._batch,
+        "torch.tensor(index_in_rows, dtype=torch.long, device=device)",
+        "torch.tensor(index_in_rows)",
         "rl",
     ),
     "chosen tokens in the RL loop": (
@@ -232,11 +245,14 @@ def faults(folder: Path, tmp: Path) -> dict:
 
 
 if __name__ == "__main__":
-    folder, tmp = map(Path, sys.argv[1:])
-    found = {
-        "4": path(folder, tmp, 4, 3, CONFIGS),
-        "1": path(folder, tmp, 1, 0, ("shared",)),
-        "self_check": check_itself(folder, tmp),
-        "faults": faults(folder, tmp),
-    }
+    folder, tmp = map(Path, sys.argv[1:3])
+    if "--real" in sys.argv:
+        found = path(folder, tmp, 1, 0, CONFIGS, real=True)
+    else:
+        found = {
+            "4": path(folder, tmp, 4, 3, CONFIGS),
+            "1": path(folder, tmp, 1, 0, CONFIGS),
+            "self_check": check_itself(folder, tmp),
+            "faults": faults(folder, tmp),
+        }
     print(json.dumps(found), flush=True)
