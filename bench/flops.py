@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+import torch.nn.attention.varlen  # noqa: F401, registers its operators
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry

@@ -1,7 +1,7 @@
 """Memory and work of each GPU, for a model and a machine that need not be there.
 
     python bench/memory.py --model DIR --gpus 4 --gpu_gb 96
-    python bench/memory.py --model DIR --gpus 1 > traced.txt; python bench/memory.py --model DIR --measure
+    python bench/memory.py --model DIR --measure
 
 DIR needs a config.json and nothing else. Each case is traced: the run's own step is taken on a GPU
 that is not there (fake_gpu.py), where memory, FLOPs and traffic are counted and nothing is
@@ -11,6 +11,7 @@ and not in the trace. --measure takes the same steps with random weights on this
 """
 
 import argparse
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -122,9 +123,7 @@ def measure(args: argparse.Namespace) -> None:
     head = ("load", "reference", "RL step", "formula", "ratio", "held", "s ref.", "s RL", "tokens/s")
     print(f"{'':24}" + "".join(f"{name:>11}" for name in head), flush=True)
     for name in args.case:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        rank, formula, rows = take(name, Path(args.model), config, 1, real=True)
+        rank, formula, _ = take(name, Path(args.model), config, 1, real=True)
         load, reference, step = (rank.stages[k] for k in ("load", "reference", "RL step"))
         held, seconds = torch.cuda.memory_reserved() / 1e9, reference.seconds + step.seconds
         values = (load.peak / 1e9, reference.peak / 1e9, step.peak / 1e9, formula / 1e9,
@@ -132,6 +131,8 @@ def measure(args: argparse.Namespace) -> None:
         print(f"{name:24}" + "".join(f"{x:11.2f}" for x in values), flush=True)
         print("    waits: " + ", ".join(f"{n} x {k}" for k, n in step.waits.items()), flush=True)
         del rank
+        gc.collect()  # what autograd's graph holds in cycles
+        torch.cuda.empty_cache()
     with gpu_trace.rank(Path(args.model), config.policy, 1, real=True) as rank:
         rank.sft_steps(1000, [1000] * config.sft.batch)
         tuning = rank.stages["distillation"]

@@ -50,8 +50,11 @@ REQUESTS = [f"Say something about {thing}." for thing in
 ANSWERS = ("It is fine.", "It is old and good.", "Well, it is what it is.")
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# All tests run on CPU, on a machine with a GPU too; the one that needs it takes it by itself.
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+def pytest_configure():
+    """All tests run on CPU, on a machine with a GPU too; the one that needs it takes it itself."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
 # First, so that no worker is left alone with one of them at the end.

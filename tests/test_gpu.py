@@ -41,16 +41,19 @@ def found(tmp_path_factory, random_folder):
 
 
 @pytest.mark.skipif(not gpu_listed(), reason="no GPU")
-def test_this_machines_gpu_does_what_the_one_that_is_not_there_does(
+def test_this_machines_gpu_waits_where_the_one_that_is_not_there_does(
     found, tmp_path, random_folder
 ):
-    """Where the host waits, and what lies there after each stage."""
+    """Memory is compared at full size, by --self_check and bench/memory.py --measure: here a GPU's
+    own workspaces are larger than the model."""
     real, fake = run_path(random_folder("qwen3"), tmp_path, "--real"), found["1"]
     for name, stages in real.items():
         for stage in ("reference", "RL step", "distillation"):
-            assert stages[stage]["waits"] == fake[name][stage]["waits"], f"{name}, {stage}"
-            after, promised = stages[stage]["after"], fake[name][stage]["after"]
-            assert abs(after - promised) < 0.02 * promised, f"{name}, {stage}"
+            waits = dict(stages[stage]["waits"])
+            if name == "padded":
+                # Transformers looks in the positions for packed rows, but not in fake tensors.
+                assert waits.pop("policy.py forward") > 0
+            assert waits == fake[name][stage]["waits"], f"{name}, {stage}"
 
 
 def waits_of(case: dict) -> dict:
