@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # noqa: F401, collectives of fake tensors
 import torch.nn.functional as F
+from real_gpu import caller
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -35,8 +36,6 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-
-from real_gpu import caller
 
 from backend import packing, parallel
 

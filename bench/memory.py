@@ -102,7 +102,7 @@ def trace(args: argparse.Namespace) -> None:
 
 
 def take(name: str, model: Path, config: Config, ranks: int, real: bool = False):
-    """A case's two steps: the rank with its stages, bytes by formula, rollouts of a prompt."""
+    """A case's two steps: the rank with its stages, the formula's bytes, rollouts of a prompt."""
     prompt, responses, prompts, options = CASES[name]
     policy = replace(config.policy, **options)
     with gpu_trace.rank(model, policy, ranks, real=real) as rank:
@@ -112,7 +112,8 @@ def take(name: str, model: Path, config: Config, ranks: int, real: bool = False)
     if not policy.shared_prefix:
         tokens = rows * (prompt + max(responses))
     same = replace(config, policy=policy, prompt_tokens=prompt, rollouts=max(2, rows))
-    return rank, sum(footprint.training(same, model_size(model), ranks, True, tokens).values()), rows
+    formula = sum(footprint.training(same, model_size(model), ranks, True, tokens).values())
+    return rank, formula, rows
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -120,14 +121,15 @@ def measure(args: argparse.Namespace) -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, preset {args.preset}. GB: "
           "peaks of PyTorch's allocator, RL step by\nformula, its ratio, and what the allocator "
           "held. Seconds of the second step.\n")  # fmt: skip
-    head = ("load", "reference", "RL step", "formula", "ratio", "held", "s ref.", "s RL", "tokens/s")
+    head = "load,reference,RL step,formula,ratio,held,s ref.,s RL,tokens/s".split(",")
     print(f"{'':24}" + "".join(f"{name:>11}" for name in head), flush=True)
     for name in args.case:
         rank, formula, _ = take(name, Path(args.model), config, 1, real=True)
         load, reference, step = (rank.stages[k] for k in ("load", "reference", "RL step"))
-        held, seconds = torch.cuda.memory_reserved() / 1e9, reference.seconds + step.seconds
-        values = (load.peak / 1e9, reference.peak / 1e9, step.peak / 1e9, formula / 1e9,
-                  formula / step.peak, held, reference.seconds, step.seconds, rank.tokens / seconds)
+        seconds = reference.seconds, step.seconds
+        peaks = [x / 1e9 for x in (load.peak, reference.peak, step.peak, formula)]
+        held = torch.cuda.memory_reserved() / 1e9
+        values = (*peaks, formula / step.peak, held, *seconds, rank.tokens / sum(seconds))
         print(f"{name:24}" + "".join(f"{x:11.2f}" for x in values), flush=True)
         print("    waits: " + ", ".join(f"{n} x {k}" for k, n in step.waits.items()), flush=True)
         del rank
