@@ -164,6 +164,21 @@ def test_the_digit_reader_takes_a_number_of_tokens_and_not_of_rows(monkeypatch):
     assert digits._batches([50, 1]) == [[0], [1]] and digits._batches([]) == []
 
 
+def test_a_full_step_is_timed_part_by_part(random_folder):
+    """bench/full_step.py, on CPU: 2 prompts of 12 tokens, 8 rollouts of 5 at most."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "full_step.py", "--model", random_folder("qwen3"),
+         *"--prompts 2 --prompt_tokens 12 --response_tokens 5 --sampler transformers".split()],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 prompts of 12 tokens x 8 rollouts" in done.stdout
+    sampled = int(re.search(r"(\d+) tokens sampled", done.stdout)[1])
+    passed = int(re.search(r"(\d+) of rank 0 through the layers", done.stdout)[1])
+    assert 16 <= sampled <= 80 and passed == 2 * 12 + sampled  # each prompt passes once
+    assert float(re.search(r"trainer ([\d.]+)", done.stdout)[1]) < 0.05
+
+
 # --------------------------------------------------------------------------------------------------
 # cycle.py --self_check
 
