@@ -1,5 +1,6 @@
-"""The first half of the cycles distils and takes no RL step; the second half is RL alone. Tests
-that alternating re-grounds the scores as the answers move (Sec. 3.3)."""
+"""The first half of the cycles distils and takes no RL step; the second half is RL alone, so that
+each phase has half of its updates. Tests that alternating re-grounds the scores as the answers move
+(Sec. 3.3), and does not separate order from amount."""
 
 import cycle
 

@@ -22,7 +22,8 @@ from backend.policy import HeadLogProbs, PolicyConfig
 
 GB = 1e9
 # Not in the formula: fragmentation of the allocator, temporaries of libraries. A measured step on
-# CPU takes up to 1.3 times the formula; no GPU has been measured.
+# CPU takes up to 1.3 times the formula. On an H200 tensors take the formula's and the allocator
+# holds 1.06 times as much (docs/gpu.md); several GPUs have not been measured.
 MARGIN = 1.3
 # On CPU the work in a layer takes so many times what it takes on a GPU: copies that its attention
 # makes, and holes in the C library's heap. Measured (tests/test_footprint.py).

@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # (N,) ids of the scored tokens
     scored_index: torch.Tensor  # (N,) index of the scored tokens into scored.flatten()
     scored: torch.Tensor  # (B, T) bool: which tokens of each row, from token P on, are scored
-    mask: torch.Tensor  # (B, T) bool: which tokens enter the loss: as scored, in a filler none
+    mask: torch.Tensor  # (B, T) bool: which enter the loss: the same tensor, in a filler none
 
 
 class Work(NamedTuple):

@@ -36,6 +36,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers import masking_utils
 
 from backend import packing, parallel
 
@@ -325,6 +326,8 @@ def on(ranks: int = 4, rank: int = 0):
             (ShardingPropagator, "_propagate_tensor_meta_non_cached", uncounted),
             (F, "scaled_dot_product_attention", _sdpa),
             (packing, "attend_without_mask", known_pairs),
+            # Transformers looks into masks and positions, but not into those of fake tensors.
+            (masking_utils, "is_tracing", lambda *_: False),
             (FakeTensorMode, "avoid_device_init", True),  # for torch.tensor(list, device=...)
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

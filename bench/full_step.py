@@ -3,10 +3,11 @@
     python bench/full_step.py --model DIR
     torchrun --nproc_per_node 4 bench/full_step.py --model DIR
 
-DIR is a Hugging Face folder; where it has a config.json and a tokenizer but no weights, give
---random: they are drawn and written there. Prompts are random tokens and rewards are made up, which
+DIR is a Hugging Face folder; where it has a config.json and a tokenizer but no weights, --random
+draws them and writes them there. Prompts are random tokens and rewards are made up, which
 changes no time; responses end where the model ends them or at --response_tokens. The order of the
-parts is cycle.py's. The first step is not counted: kernels are chosen in it. The gap is that of
+parts is cycle.py's. The last step and the second distillation update are shown: in the first ones
+kernels are chosen and AdamW's state is made. The gap is that of
 sampler and trainer, in nats a token (grpo.py, note 2).
 """
 
@@ -63,20 +64,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--random", action="store_true", help="write random weights to it first")
+    parser.add_argument("--random", action="store_true", help="draw weights, if it has none")
     parser.add_argument("--preset", choices=PRESETS, default="paper")
     parser.add_argument("--prompts", type=int, help="of a step; by default the preset's")
     parser.add_argument("--prompt_tokens", type=int, default=1000, help="of each prompt")
     parser.add_argument("--response_tokens", type=int, default=1000, help="at most")
     parser.add_argument("--sampler", default="auto", help="auto, vllm or transformers")
-    parser.add_argument("--sample_rows", type=int, default=128, help="rollouts at once per rank")
+    parser.add_argument("--sample_rows", type=int, help="rollouts at once per rank, by default the "
+                        "preset's")  # fmt: skip
     parser.add_argument("--steps", type=int, default=2, help="RL steps; the last one is shown")
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     config = replace(
         preset, model=str(args.model), prompt_tokens=args.prompt_tokens,
         sampling=replace(preset.sampling, max_tokens=args.response_tokens),
-        sampler=choose_sampler(args.sampler), sample_rows=args.sample_rows,
+        sampler=choose_sampler(args.sampler), sample_rows=args.sample_rows or preset.sample_rows,
         batch=args.prompts or preset.batch,
     )  # fmt: skip
     with parallel.process_group():
@@ -140,15 +142,17 @@ def run(config, args: argparse.Namespace) -> None:
             )
     sampled = sum(len(r.response_ids) for r in rollouts)
     del optimizer
-    with parts("distillation update"):
-        targets = [
-            Row((*r.prompt_ids, *r.response_ids),
-                [False] * (len(r.prompt_ids) + len(r.response_ids) - 5) + [True] * 5, f"{r.key}")
-            for r in rollouts[: config.sft.batch]
-        ]  # fmt: skip
-        update = sft_masked.Update(targets, config.sft.lr)
-        optimizer = sft_masked.make_optimizer(policy, config.sft)
-        sft_masked.sft_step(policy, optimizer, update, config.sft, options)
+    # Behind one prompt, as the run's rows are behind one template.
+    targets = [
+        Row((*prompts[0], *r.response_ids),
+            [False] * (len(prompts[0]) + len(r.response_ids) - 5) + [True] * 5, f"{r.key}")
+        for r in rollouts[: config.sft.batch]
+    ]  # fmt: skip
+    optimizer = sft_masked.make_optimizer(policy, config.sft)
+    for _ in range(2):
+        with parts("distillation update"):
+            update = sft_masked.Update(targets, config.sft.lr)
+            sft_masked.sft_step(policy, optimizer, update, config.sft, options)
     sampler.close()
     if parallel.rank() == 0:
         show(config, parts, sampled, sum(b.ids.numel() for b in work.batches), figures)
@@ -169,8 +173,8 @@ def show(config, parts: Parts, sampled: int, passed: int, figures: dict) -> None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(
         f"\n{device}, {parallel.world_size()} rank(s), torch {torch.__version__}, preset "
-        f"{config.preset}, sampler {config.sampler}: {config.batch} prompts of "
-        f"{config.prompt_tokens:,} tokens x {config.rollouts} rollouts\n"
+        f"{config.preset}, sampler {config.sampler}, {config.sample_rows} at once: {config.batch} "
+        f"prompts of {config.prompt_tokens:,} tokens x {config.rollouts} rollouts\n"
         f"{'':28}{'seconds':>9}{'peak GB':>9}{'GPU holds':>11}"
     )
     for name, (seconds, peak, held) in parts.items():

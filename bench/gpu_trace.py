@@ -199,6 +199,8 @@ def rank(folder: Path, config: PolicyConfig, ranks: int = 4, number: int = 0, re
             (digits, "load_model", whole_model),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
+        if real:  # first, because it sets up CUDA's allocator
+            stack.enter_context(parallel.process_group())
         gpu = stack.enter_context(real_gpu.on() if real else _fake(ranks, number))
         stack.enter_context(parallel.process_group())
         yield Rank(gpu, folder, config)

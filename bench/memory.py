@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpu_trace  # noqa: E402
 import torch  # noqa: E402
 
-from backend import footprint  # noqa: E402
+from backend import footprint, parallel  # noqa: E402
 from backend.model_folder import model_size  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
 
@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="on this machine's GPU, one rank")
     args = parser.parse_args()
     if args.measure:
-        measure(args)
+        with parallel.process_group():  # before all else, because it sets up CUDA's allocator
+            measure(args)
     else:
         trace(args)
 
@@ -124,15 +125,20 @@ def measure(args: argparse.Namespace) -> None:
     head = "load,reference,RL step,formula,ratio,held,s ref.,s RL,tokens/s".split(",")
     print(f"{'':24}" + "".join(f"{name:>11}" for name in head), flush=True)
     for name in args.case:
-        rank, formula, _ = take(name, Path(args.model), config, 1, real=True)
-        load, reference, step = (rank.stages[k] for k in ("load", "reference", "RL step"))
-        seconds = reference.seconds, step.seconds
-        peaks = [x / 1e9 for x in (load.peak, reference.peak, step.peak, formula)]
-        held = torch.cuda.memory_reserved() / 1e9
-        values = (*peaks, formula / step.peak, held, *seconds, rank.tokens / sum(seconds))
-        print(f"{name:24}" + "".join(f"{x:11.2f}" for x in values), flush=True)
-        print("    waits: " + ", ".join(f"{n} x {k}" for k, n in step.waits.items()), flush=True)
-        del rank
+        try:
+            rank, formula, _ = take(name, Path(args.model), config, 1, real=True)
+        except torch.OutOfMemoryError:
+            print(f"{name:24} does not fit", flush=True)
+        else:
+            load, reference, step = (rank.stages[k] for k in ("load", "reference", "RL step"))
+            seconds = reference.seconds, step.seconds
+            peaks = [x / 1e9 for x in (load.peak, reference.peak, step.peak, formula)]
+            held = torch.cuda.memory_reserved() / 1e9
+            values = (*peaks, formula / step.peak, held, *seconds, rank.tokens / sum(seconds))
+            print(f"{name:24}" + "".join(f"{x:11.2f}" for x in values), flush=True)
+            waits = ", ".join(f"{n} x {place}" for place, n in step.waits.items())
+            print(f"    waits: {waits}", flush=True)
+            del rank
         gc.collect()  # what autograd's graph holds in cycles
         torch.cuda.empty_cache()
     with gpu_trace.rank(Path(args.model), config.policy, 1, real=True) as rank:

@@ -7,7 +7,8 @@ against it.
     gpu.peak, gpu.waits, gpu.seconds
 
 Bytes are PyTorch's allocator's. Waits are its warnings of synchronising calls, by the function of
-the project that was running. FLOPs, kernels and traffic are not counted: 0.
+the project that was running; by its own word it does not notice all of them. FLOPs, kernels and
+traffic are not counted: 0.
 """
 
 import sys

@@ -54,6 +54,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def pytest_configure():
     """All tests run on CPU, on a machine with a GPU too; the one that needs it takes it itself."""
+    os.environ.setdefault("GPU_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 

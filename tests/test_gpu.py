@@ -28,7 +28,7 @@ def run_path(folder: Path, tmp: Path, *options: str) -> dict:
         [sys.executable, ROOT / "tests" / "gpu_path.py", folder, tmp, *options],
         capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": ":".join(map(str, paths)),
-             "CUDA_VISIBLE_DEVICES": "0" if options else "-1"},
+             "CUDA_VISIBLE_DEVICES": os.environ["GPU_OF_TESTS"] if options else "-1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -40,7 +40,7 @@ def found(tmp_path_factory, random_folder):
     return run_path(folder, tmp_path_factory.mktemp("gpu")) | {"size": model_size(folder)}
 
 
-@pytest.mark.skipif(not gpu_listed(), reason="no GPU")
+@pytest.mark.skipif(not (gpu_listed() and torch.version.cuda), reason="no GPU")
 def test_this_machines_gpu_waits_where_the_one_that_is_not_there_does(
     found, tmp_path, random_folder
 ):
@@ -49,11 +49,7 @@ def test_this_machines_gpu_waits_where_the_one_that_is_not_there_does(
     real, fake = run_path(random_folder("qwen3"), tmp_path, "--real"), found["1"]
     for name, stages in real.items():
         for stage in ("reference", "RL step", "distillation"):
-            waits = dict(stages[stage]["waits"])
-            if name == "padded":
-                # Transformers looks in the positions for packed rows, but not in fake tensors.
-                assert waits.pop("policy.py forward") > 0
-            assert waits == fake[name][stage]["waits"], f"{name}, {stage}"
+            assert stages[stage]["waits"] == fake[name][stage]["waits"], f"{name}, {stage}"
 
 
 def waits_of(case: dict) -> dict:
@@ -65,8 +61,13 @@ def test_the_host_waits_for_the_gpu_only_before_and_after_a_steps_micro_batches(
     copied before the loop."""
     for name, case in (*found["4"].items(), *found["1"].items()):
         packs, waits = case["packs"], waits_of(case)
-        assert waits["reference"] == waits.get("hand-over", {}) == {}
-        assert waits["RL step"] == {
+
+        def looks(n, padded=name == "padded"):
+            """Transformers looks for packed rows in the positions of padded ones."""
+            return {"policy.py forward": n} if padded else {}
+
+        assert waits["reference"] == looks(packs) and waits.get("hand-over", {}) == {}
+        assert waits["RL step"] == looks(packs) | {
             "grpo.py <genexpr>": 5 * packs,  # recorded_values
             "parallel.py clip_grad_norm": 1,
             "grpo.py rl_step": 1,
@@ -74,7 +75,7 @@ def test_the_host_waits_for_the_gpu_only_before_and_after_a_steps_micro_batches(
         packs = waits["distillation"]["packing.py _batch"] // 6
         ends = {} if name == "padded" else {"packing.py <genexpr>": 2 * packs}
         assert packs >= 2
-        assert waits["distillation"] == ends | {
+        assert waits["distillation"] == looks(packs) | ends | {
             "packing.py _batch": 6 * packs,
             "parallel.py clip_grad_norm": 1,
             "sft_masked.py sft_step": 1,
