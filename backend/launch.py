@@ -86,9 +86,8 @@ def check_gpu() -> None:
             else "is a CPU build; run make setup"
         )
         raise ValueError(
-            f"{listed} cannot be used: PyTorch "
-            f"{torch.__version__} {remedy}. CUDA_VISIBLE_DEVICES=-1 before the command runs it on "
-            "CPU"
+            f"{listed} cannot be used: PyTorch {torch.__version__} {remedy}. "
+            "CUDA_VISIBLE_DEVICES=-1 before the command runs it on CPU"
         )
 
 

@@ -241,12 +241,13 @@ def _batch(index, rows, ids, positions, prefix: int, lengths, hidden_index) -> B
         scored[b, : len(row.ids) - prefix] = torch.tensor(row.mask[prefix:])
     width = scored.shape[1]
     found = [
-        (row.ids[t], b * width + t - prefix)
+        (token, b * width + t - prefix)
         for b, row in enumerate(rows)
-        for t, is_scored in enumerate(row.mask)
+        for t, (token, is_scored) in enumerate(zip(row.ids, row.mask, strict=True))
         if is_scored
     ]
-    targets, index_in_rows = ([x[k] for x in found] for k in (0, 1))
+    targets = [token for token, _ in found]
+    index_in_rows = [at for _, at in found]
     here = scored.to(device)
     return Batch(
         index,

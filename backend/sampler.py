@@ -54,8 +54,8 @@ class SamplingParams(Options):
 
 @dataclass(frozen=True)
 class EngineConfig(Options):
-    """vLLM's engine. Not in the paper; the GPU values are for GPUs of 80-96 GB. What of
-    them has run: docs/gpu.md."""
+    """vLLM's engine. Not in the paper; the GPU values are for GPUs of 80-96 GB. What of them has
+    run: docs/gpu.md."""
 
     prefix: ClassVar[str] = "engine."
 

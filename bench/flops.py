@@ -31,7 +31,8 @@ _VARLEN = {
 
 
 def _causal_pairs(queries: torch.Tensor, keys: torch.Tensor) -> int:
-    """Of sequences that end there, each one's last query with all its keys."""
+    """Query-key pairs of sequences that end there: the last query sees all of its sequence's keys,
+    each one before it one key less."""
     q, k = queries.diff().long(), keys.diff().long()
     return int((q * k - q * (q - 1) // 2).sum())
 

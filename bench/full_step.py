@@ -4,11 +4,11 @@
     torchrun --nproc_per_node 4 bench/full_step.py --model DIR
 
 DIR is a Hugging Face folder; where it has a config.json and a tokenizer but no weights, --random
-draws them and writes them there. Prompts are random tokens and rewards are made up, which
-changes no time; responses end where the model ends them or at --response_tokens. The order of the
-parts is cycle.py's. The last step and the second distillation update are shown: in the first ones
-kernels are chosen and AdamW's state is made. The gap is that of
-sampler and trainer, in nats a token (grpo.py, note 2).
+draws them and writes them there. Prompts are random tokens and rewards are made up, which changes
+no time; responses end where the model ends them or at --response_tokens. The order of the parts is
+cycle.py's. The last step and the second distillation update are shown: in the first ones kernels
+are chosen and AdamW's state is made. The gap is that of sampler and trainer, in nats a token
+(grpo.py, note 2).
 """
 
 import argparse
@@ -113,7 +113,7 @@ def run(config, args: argparse.Namespace) -> None:
         tuple(rng.choices(range(10, len(tokenizer)), k=config.prompt_tokens))
         for _ in range(config.batch)
     ]
-    temperature = config.sampling.temperature
+    temperature, options = config.sampling.temperature, config.policy
     for step in range(args.steps):
         with parts("hand-over"):
             sampler.load_weights(policy, f"c1s{step}")
@@ -131,7 +131,6 @@ def run(config, args: argparse.Namespace) -> None:
         rows = [response_row(r.prompt_ids, r.response_ids) for r in rollouts]
         groups = [i // config.rollouts for i in range(len(rows))]
         with parts("reference"):
-            options = config.policy
             work = share_out(rows, groups, options.micro_batch_tokens, options.shared_prefix)
             refs = reference_logps(reference, work.batches, temperature)
         with parts("update"):

@@ -82,10 +82,7 @@ def trace(args: argparse.Namespace) -> None:
         )), flush=True)  # fmt: skip
         if not options:
             peak = max(peak, step)
-    with gpu_trace.rank(Path(args.model), config.policy, args.gpus) as rank:
-        rank.sft_steps(1000, [1000] * config.sft.batch)
-        rank.hand_over()
-        tuning, hand_over = rank.stages["distillation"], rank.stages["hand-over"]
+    tuning, hand_over = distil(Path(args.model), config, args.gpus)
     print(f"\ndistillation, {config.sft.batch} x (1,000 + 1,000)      {tuning.peak / 1e9:8.2f} GB, "
           f"{tuning.flops / 1e15:.2f} PFLOP an update, at least {tuning.flops / speed:.2f} s\n"
           f"hand-over, beside what a step leaves    {hand_over.peak / 1e9:8.2f} GB")  # fmt: skip
@@ -117,6 +114,14 @@ def take(name: str, model: Path, config: Config, ranks: int, real: bool = False)
     return rank, formula, rows
 
 
+def distil(model: Path, config: Config, ranks: int, real: bool = False):
+    """The stages of a distillation update and of the hand-over after it."""
+    with gpu_trace.rank(model, config.policy, ranks, real=real) as rank:
+        rank.sft_steps(1000, [1000] * config.sft.batch)
+        rank.hand_over()
+    return rank.stages["distillation"], rank.stages["hand-over"]
+
+
 def measure(args: argparse.Namespace) -> None:
     config = replace(PRESETS[args.preset], sampler="vllm")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, preset {args.preset}. GB: "
@@ -141,14 +146,10 @@ def measure(args: argparse.Namespace) -> None:
             del rank
         gc.collect()  # what autograd's graph holds in cycles
         torch.cuda.empty_cache()
-    with gpu_trace.rank(Path(args.model), config.policy, 1, real=True) as rank:
-        rank.sft_steps(1000, [1000] * config.sft.batch)
-        tuning = rank.stages["distillation"]
-        rank.hand_over()
-        moved = rank.stages["hand-over"]
+    tuning, hand_over = distil(Path(args.model), config, 1, real=True)
     print(f"\ndistillation, {config.sft.batch} x (1,000 + 1,000)   {tuning.peak / 1e9:.2f} GB, "
           f"{tuning.seconds:.2f} s an update\n"
-          f"hand-over  {moved.peak / 1e9:.2f} GB, {moved.seconds:.2f} s")  # fmt: skip
+          f"hand-over  {hand_over.peak / 1e9:.2f} GB, {hand_over.seconds:.2f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -111,8 +111,7 @@ def test_seeded_faults_are_noticed(found):
     }  # fmt: skip
     for fault, said in found["faults"].items():
         if fault in as_error:
-            error = "FakeTensorDeviceMismatchError|AssertionError|RuntimeError: .* same device"
-            assert re.match(error, str(said)), fault
+            assert re.match("FakeTensorDeviceMismatchError|AssertionError", str(said)), fault
         else:  # FSDP itself brings a micro-batch to the device, and the host waits
             assert isinstance(said, dict), (fault, said)
             assert any(said[stage] != clean[stage] for stage in said), fault
